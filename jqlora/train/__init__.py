@@ -1,0 +1,7 @@
+"""Training: the loss, the step, the loop around it, and what a run leaves behind."""
+
+from jqlora.train.loss import causal_lm_loss, cross_entropy
+from jqlora.train.state import TrainState
+from jqlora.train.step import make_train_step
+
+__all__ = ["TrainState", "causal_lm_loss", "cross_entropy", "make_train_step"]

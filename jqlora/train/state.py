@@ -1,0 +1,38 @@
+"""What a training step carries to the next: everything that a checkpoint must hold."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from jqlora.types import Adapters, PyTree
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Trainable collections, optimizer state, number of updates made (int32), and dropout's key.
+
+    The frozen base is not part of it: it never changes, so it is an argument of the step.
+    """
+
+    step: jax.Array
+    adapters: Adapters
+    opt_state: PyTree
+    key: jax.Array
+
+    @classmethod
+    def create(
+        cls, adapters: Adapters, tx: optax.GradientTransformation, key: jax.Array
+    ) -> "TrainState":
+        """State before the first update.
+
+        ``adapters`` and ``key`` are copied: the step donates its state, and the caller's own arrays
+        should outlive that.
+        """
+        adapters = jax.tree.map(jnp.copy, adapters)
+        return cls(
+            step=jnp.zeros((), jnp.int32),
+            adapters=adapters,
+            opt_state=tx.init(adapters),
+            key=jnp.copy(key),
+        )

@@ -1,0 +1,99 @@
+"""One update of the adapters, compiled once.
+
+Three decisions are worth knowing. The frozen base is an argument, neither differentiated nor closed
+over: a closure would bake its gigabytes into the program as constants. The state is donated, so the
+new adapters and moments take the place of the old ones. And gradient accumulation sums gradients of
+*summed* losses and divides once by the token count of the whole batch, so ``accumulate`` changes
+memory and time but not the result (beyond the order of fp32 additions).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jqlora.errors import ConfigError
+from jqlora.train.loss import Batch, causal_lm_loss
+from jqlora.train.state import TrainState
+from jqlora.types import Adapters, Params
+
+Metrics = dict[str, jax.Array]
+Step = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
+
+
+def make_train_step(
+    apply: Callable[..., Any],
+    tx: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    loss: Callable[..., tuple[jax.Array, jax.Array]] = causal_lm_loss,
+    penalty: Callable[[Adapters], jax.Array] | None = None,
+) -> Step:
+    """A jitted ``step(state, params, batch) -> (state, metrics)`` that donates ``state``.
+
+    ``apply`` is what ``jq.bind`` returned. Leaves of ``batch`` have one leading batch axis, which
+    ``accumulate`` must divide; the step cuts it into that many micro-batches and scans over them.
+    ``loss(apply, variables, batch, key)`` returns a sum and the count to divide it by.
+    ``penalty(adapters)`` is minimized beside the loss, once per update, and reported apart.
+
+    ``metrics`` are fp32 scalars: ``loss`` (mean over the counted tokens), ``penalty``,
+    ``grad_norm`` (before clipping) and ``tokens`` (how many were counted). A batch that counts no
+    token has loss zero and moves nothing but moments and decay.
+
+    Dropout's keys are the state's key folded with the step and the micro-batch: a resumed run draws
+    the same ones. Raises ``ConfigError`` at the first call when ``accumulate`` does not divide.
+    """
+
+    def summed_loss(adapters, params, batch, key):
+        return loss(apply, {"params": params, **adapters}, batch, key)
+
+    def step(state: TrainState, params: Params, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(state.key, state.step)
+
+        def add_micro_batch(carry, item):
+            gradients, total, count = carry
+            index, micro_batch = item
+            (value, tokens), more = jax.value_and_grad(summed_loss, has_aux=True)(
+                state.adapters, params, micro_batch, jax.random.fold_in(key, index)
+            )
+            return (jax.tree.map(jnp.add, gradients, more), total + value, count + tokens), None
+
+        zero = jnp.zeros((), jnp.float32)
+        start = (jax.tree.map(jnp.zeros_like, state.adapters), zero, zero)
+        items = (jnp.arange(accumulate), split_batch(batch, accumulate))
+        (gradients, total, count), _ = jax.lax.scan(
+            add_micro_batch, start, items, unroll=accumulate == 1
+        )
+        share = 1.0 / jnp.maximum(count, 1.0)
+        gradients = jax.tree.map(lambda g: g * share.astype(g.dtype), gradients)
+
+        extra = zero
+        if penalty is not None:
+            extra, more = jax.value_and_grad(penalty)(state.adapters)
+            gradients = jax.tree.map(jnp.add, gradients, more)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and floats
+            updates, opt_state = tx.update(gradients, state.opt_state, state.adapters)
+        metrics = {
+            "loss": total * share,
+            "penalty": extra,
+            "grad_norm": optax.tree.norm(gradients),
+            "tokens": count,
+        }
+        adapters = optax.apply_updates(state.adapters, updates)
+        return TrainState(state.step + 1, adapters, opt_state, state.key), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def split_batch(batch: Batch, parts: int) -> dict[str, jax.Array]:
+    """Leaves ``[B, ...]`` as ``[parts, B // parts, ...]``; ``ConfigError`` where that is uneven."""
+    rows = {name: leaf.shape[0] for name, leaf in batch.items()}
+    uneven = {name: size for name, size in rows.items() if size % parts}
+    if uneven:
+        raise ConfigError(f"accumulate={parts} does not divide the batch's rows {uneven}")
+    return {
+        name: jnp.reshape(leaf, (parts, leaf.shape[0] // parts, *leaf.shape[1:]))
+        for name, leaf in batch.items()
+    }
