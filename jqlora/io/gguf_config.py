@@ -1,0 +1,102 @@
+"""A Hugging Face config out of the metadata of a GGUF file."""
+
+import math
+from typing import Any
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFReader
+
+from jqlora.errors import CheckpointError
+from jqlora.io.readers.gguf import field
+
+_MODEL_TYPES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+# Llama 3.1 and later all share these; GGUF keeps only what follows from them.
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def config_from_gguf(reader: GGUFReader) -> dict[str, Any]:
+    """The content of a ``config.json`` for this file, in the spelling of the hub's older files.
+
+    ``torch_dtype`` is the type of the matrices if they are stored plainly (F32, F16, BF16), and
+    float32 if they are block-quantized: that is what decodes them without loss.
+    Raises CheckpointError for an unknown architecture or missing metadata.
+    """
+    kind = field(reader, "general.architecture")
+    if kind not in _MODEL_TYPES:
+        raise CheckpointError(
+            f"unknown GGUF architecture {kind!r}; known are {', '.join(sorted(_MODEL_TYPES))}"
+        )
+
+    def value(key: str, default: Any = ...) -> Any:
+        return field(reader, f"{kind}.{key}", default)
+
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    if "token_embd.weight" not in tensors:
+        raise CheckpointError("the GGUF file has no tensor 'token_embd.weight'")
+    heads = value("attention.head_count")
+    head_dim = value("attention.key_length", value("embedding_length") // heads)
+    theta = value("rope.freq_base", 10000.0)
+    config = {
+        "model_type": kind,
+        "architectures": [_MODEL_TYPES[kind]],
+        "vocab_size": int(tensors["token_embd.weight"].shape[1]),
+        "hidden_size": value("embedding_length"),
+        "intermediate_size": value("feed_forward_length"),
+        "num_hidden_layers": value("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": value("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": value("context_length"),
+        "rms_norm_eps": _shortest(value("attention.layer_norm_rms_epsilon")),
+        "rope_theta": theta,
+        "rope_scaling": _rope_scaling(reader, kind, head_dim, theta),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "torch_dtype": _matrix_dtype(reader),
+    }
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        config[f"{name}_token_id"] = field(reader, f"tokenizer.ggml.{key}_token_id", None)
+    return config
+
+
+def _shortest(value: float) -> float:
+    """1e-5 stored as float32 reads 9.99999974e-06: the shortest decimal of that float32."""
+    return float(str(np.float32(value)))
+
+
+def _matrix_dtype(reader: GGUFReader) -> str:
+    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    kinds = {GGMLQuantizationType(t.tensor_type).name for t in reader.tensors if len(t.shape) > 1}
+    return names.get(kinds.pop(), "float32") if len(kinds) == 1 else "float32"
+
+
+def _rope_scaling(reader: GGUFReader, kind: str, head_dim: int, theta: float) -> dict | None:
+    scaling = field(reader, f"{kind}.rope.scaling.type", "none")
+    if scaling == "linear":
+        return {"rope_type": "linear", "factor": field(reader, f"{kind}.rope.scaling.factor")}
+    if scaling != "none":
+        raise CheckpointError(f"rope scaling {scaling!r} of this GGUF file is not supported")
+    stored = [tensor for tensor in reader.tensors if tensor.name == "rope_freqs.weight"]
+    return _llama3_rope(np.asarray(stored[0].data, np.float64), head_dim, theta) if stored else None
+
+
+def _llama3_rope(divisors: np.ndarray, head_dim: int, theta: float) -> dict[str, Any]:
+    """Recover Llama 3's rope scaling from its per-frequency divisors [head_dim/2], and verify it.
+
+    Frequencies of long wavelength are divided by ``factor``, short ones left alone, with a linear
+    ramp between (the ``llama3`` rule of transformers' modeling_rope_utils).
+    """
+    rule = {**_LLAMA3_ROPE, "factor": float(divisors.max())}
+    low, high, factor = rule["low_freq_factor"], rule["high_freq_factor"], rule["factor"]
+    wavelengths = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    ramp = (rule["original_max_position_embeddings"] / wavelengths - low) / (high - low)
+    ramp = np.clip(ramp, 0.0, 1.0)
+    expected = 1 / ((1 - ramp) / factor + ramp)
+    if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-3):
+        raise CheckpointError("the tensor 'rope_freqs.weight' does not follow Llama 3's rope rule")
+    return rule

@@ -1,0 +1,166 @@
+"""Weights of a ``.gguf`` file under their Hugging Face names.
+
+llama.cpp keeps HF's (out, in) orientation, with two differences: names, and for the llama
+architecture the rows of the query and key projections, which it reorders so that the two halves
+that a rotary embedding pairs lie next to each other. Block-quantized tensors are decoded to
+float32, exactly, by the ``gguf`` package, a few rows at a time so that its temporaries stay small.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, dequantize
+
+from jqlora.errors import CheckpointError
+from jqlora.io.readers.base import TensorInfo
+
+_TOP = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+_IN_BLOCK = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+_PERMUTED = {"llama"}  # architectures whose query and key rows llama.cpp interleaves
+_NOT_WEIGHTS = {"rope_freqs.weight"}  # part of the config, see gguf_config
+_PLAIN: dict[GGMLQuantizationType, np.dtype] = {
+    GGMLQuantizationType.F32: np.dtype(np.float32),
+    GGMLQuantizationType.F16: np.dtype(np.float16),
+    GGMLQuantizationType.BF16: np.dtype(ml_dtypes.bfloat16),
+}
+_CHUNK = 1 << 20  # elements decoded at once
+
+
+class CheckedGGUFReader(GGUFReader):
+    """``gguf.GGUFReader`` that names the tensor in which a file ends too early."""
+
+    def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
+        for field in fields:
+            _, name, _, dims, kind, offset = field.parts
+            block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind[0])]
+            end = start_offs + int(offset[0]) + int(np.prod(dims)) * size // block
+            if end > self.data.size:
+                raise CheckpointError(
+                    f"tensor {bytes(name).decode()!r} ends at byte {end}, "
+                    f"the file has {self.data.size}"
+                )
+        super()._build_tensors(start_offs, fields)
+
+
+def open_gguf(path: Path) -> GGUFReader:
+    """The parsed header of ``path``. Raises CheckpointError if it is damaged or truncated."""
+    try:
+        reader = CheckedGGUFReader(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} is truncated: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:  # the parser trusts the file: damage can end in any error
+        raise CheckpointError(
+            f"{path} is truncated or not a GGUF file: {type(error).__name__}: {error}"
+        ) from error
+    if reader.byte_order != "I":
+        raise CheckpointError(f"{path} was written for machines of other byte order")
+    if "split.count" in reader.fields and field(reader, "split.count") > 1:
+        raise CheckpointError(f"{path} is one part of a split model: join it with gguf-split first")
+    return reader
+
+
+def field(reader: GGUFReader, key: str, default: Any = ...) -> Any:
+    """The metadata value ``key``; CheckpointError if it is absent and no default is given."""
+    found = reader.get_field(key)
+    if found is not None:
+        return found.contents()
+    if default is ...:
+        raise CheckpointError(f"the GGUF metadata lack {key!r}")
+    return default
+
+
+class GGUFTensors:
+    """Reader of the tensors of one GGUF file, named and ordered as in Hugging Face's layout."""
+
+    def __init__(self, path: Path, reader: GGUFReader):
+        self.path = path
+        architecture = field(reader, "general.architecture")
+        self._heads: dict[str, int] = {}
+        if architecture in _PERMUTED:
+            heads = field(reader, f"{architecture}.attention.head_count")
+            self._heads = {
+                "q_proj": heads,
+                "k_proj": field(reader, f"{architecture}.attention.head_count_kv", heads),
+            }
+        self._tensors = {hf_name(t.name): t for t in reader.tensors if t.name not in _NOT_WEIGHTS}
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def info(self, name: str) -> TensorInfo:
+        tensor = self._tensors[name]
+        shape = tuple(int(n) for n in reversed(tensor.shape))
+        return TensorInfo(shape, _PLAIN.get(tensor.tensor_type, np.dtype(np.float32)))
+
+    def where(self, name: str) -> str:
+        return str(self.path)
+
+    def type_name(self, name: str) -> str:
+        """The stored type, as llama.cpp writes it: ``Q4_K``."""
+        return self._tensors[name].tensor_type.name
+
+    def read(self, name: str) -> np.ndarray:
+        tensor = self._tensors[name]
+        shape, dtype = self.info(name)
+        raw = np.fromfile(self.path, np.uint8, tensor.n_bytes, offset=tensor.data_offset)
+        if raw.size != tensor.n_bytes:
+            raise CheckpointError(f"{self.path} was truncated while reading tensor {name!r}")
+        rows = raw.reshape((*shape[:-1], -1))
+        heads = self._heads.get(name.split(".")[-2])
+        if heads:
+            rows = unpermute(rows, heads)
+        if tensor.tensor_type in _PLAIN:
+            return rows.view(dtype).reshape(shape)
+        return self._decode(name, rows.reshape(-1, rows.shape[-1]), shape)
+
+    def _decode(self, name: str, rows: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        kind = self._tensors[name].tensor_type
+        out = np.empty((rows.shape[0], shape[-1]), np.float32)
+        step = max(1, _CHUNK // shape[-1])
+        try:
+            for start in range(0, len(rows), step):
+                out[start : start + step] = dequantize(rows[start : start + step], kind)
+        except NotImplementedError:
+            raise CheckpointError(
+                f"{self.path}: tensor {name!r} has the type {kind.name}, which the gguf package "
+                "cannot decode; convert the model to Q8_0, Q4_K or F16"
+            ) from None
+        return out.reshape(shape)
+
+
+def hf_name(name: str) -> str:
+    """``blk.3.attn_q.weight`` → ``model.layers.3.self_attn.q_proj.weight``.
+
+    A name without a counterpart is returned as it is, to be reported as an extra tensor.
+    """
+    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
+    if match and match[2] in _IN_BLOCK:
+        return f"model.layers.{match[1]}.{_IN_BLOCK[match[2]]}.{match[3]}"
+    stem, _, kind = name.rpartition(".")
+    return f"{_TOP[stem]}.{kind}" if stem in _TOP else name
+
+
+def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows [heads·d, ...] with rotary pairs adjacent → with the two halves of each head apart."""
+    half = rows.shape[0] // heads // 2
+    split = rows.reshape(heads, half, 2, *rows.shape[1:])
+    return np.ascontiguousarray(split.swapaxes(1, 2)).reshape(rows.shape)
