@@ -1,0 +1,95 @@
+"""What a method of fine-tuning is: a spec, and a few pure functions in one row of a table.
+
+A spec is a frozen dataclass that a user writes. Planning pairs it with the sites that it serves;
+each pair is a :class:`Placement`, hashable and static under jit. The functions below are all that
+the rest of the library knows of a method, so a new one is one file and one row in
+``methods/__init__.py``.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+
+from jqlora.sites import Site
+
+Leaves = Mapping[str, jax.Array]
+
+
+class Spec(Protocol):
+    """Fields by which every spec says where it goes; their meanings are PEFT's."""
+
+    @property
+    def targets(self) -> str | tuple[str, ...]: ...
+    @property
+    def exclude(self) -> str | tuple[str, ...]: ...
+    @property
+    def layers_to_transform(self) -> tuple[int, ...] | None: ...
+    @property
+    def modules_to_save(self) -> tuple[str, ...]: ...
+    @property
+    def dropout(self) -> float: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """One site served by one spec; ``layers`` tells, row-major over ``site.lead``, which layers
+    are."""
+
+    site: Site
+    spec: Any
+    layers: tuple[bool, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Dotted names of the layers that are served."""
+        return tuple(
+            name for name, served in zip(self.site.names, self.layers, strict=True) if served
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """A row of the table of methods.
+
+    ``collection``
+        Name of the variable collection that holds the trainable leaves.
+    ``check(spec, placements)``
+        Raises where the spec cannot be met, before anything is allocated.
+    ``ranks(placement)``
+        Rank of every layer, row-major over ``site.lead``; 0 where the layer is not served.
+    ``init(key, placement)``
+        Trainable leaves, fp32, each with the site's lead axes in front.
+    ``constants(placement)``
+        What the effect needs beside them: arrays ``[*lead, ...]`` that are not trained.
+    ``effect(x, y, leaves, placement, key)``
+        The module's new output. ``x`` is its input with features last ``[..., K]`` (token ids
+        ``[...]`` for an embedding), ``y [..., N]`` its own output; ``leaves`` are one layer's,
+        constants included; ``key`` is for dropout, None when deterministic.
+    ``delta(leaves, placement)``
+        What the adapter adds to the matrix, fp32 ``[*lead, K, N]``; None where it cannot be merged.
+    ``penalty(leaves, placement)``
+        A term of the loss that the method asks for, fp32 scalar.
+    """
+
+    collection: str
+    check: Callable[[Any, Sequence[Placement]], None]
+    ranks: Callable[[Placement], tuple[int, ...]]
+    init: Callable[[jax.Array, Placement], dict[str, jax.Array]]
+    constants: Callable[[Placement], dict[str, Any]]
+    effect: Callable[[jax.Array, jax.Array, Leaves, Placement, jax.Array | None], jax.Array]
+    delta: Callable[[Leaves, Placement], jax.Array | None]
+    penalty: Callable[[Leaves, Placement], jax.Array]
+
+
+def frozen_names(value: str | Sequence[str], *, keep_string: bool) -> str | tuple[str, ...]:
+    """A list of names as a tuple; a single string is a regular expression or one name by itself."""
+    if isinstance(value, str):
+        return value if keep_string else (value,)
+    return tuple(value)
+
+
+def frozen_pattern(value: Mapping[str, Any] | Sequence[tuple[str, Any]]) -> tuple:
+    """A mapping as a tuple of its items, so that the spec is hashable."""
+    return tuple((str(k), v) for k, v in (value.items() if isinstance(value, Mapping) else value))

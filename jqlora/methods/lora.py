@@ -1,0 +1,232 @@
+"""LoRA: a low-rank term beside a frozen matrix (Hu et al., arXiv 2106.09685, §4.1).
+
+    y = x W + s · (x a) b        a [K, R], b [R, N],  s = alpha / r, or alpha / √r when
+    rank-stabilized
+
+with ``a`` drawn at random and ``b`` zero, so that training starts from the base model. (The
+paper's and PEFT's A and B are our ``a`` and ``b`` transposed.) The rank-stabilized scale is
+Kalajdzievski's (arXiv 2312.03732, theorem 3.2). In an embedding ``a [V, R]`` is looked up instead
+of multiplied; there PEFT draws ``b`` and leaves ``a`` zero, and applies no dropout, and so do we.
+
+Layers of one scanned stack may have different ranks: the leaves are then as wide as the largest,
+and the surplus columns of ``a`` and rows of ``b`` are both zero. Each then multiplies the other's
+gradient, so they stay zero under any optimizer that leaves a zero with a zero gradient where it
+is.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jqlora.errors import ConfigError, UnsupportedSite
+from jqlora.methods.base import Leaves, Method, Placement, frozen_names, frozen_pattern
+from jqlora.methods.targeting import check_pattern, pattern_value
+from jqlora.tree import fold_in_path
+
+INITS = ("kaiming", "gaussian")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """Where LoRA goes and how large it is; the fields mean what PEFT's ``LoraConfig`` means by
+    them.
+
+    ``rank``, ``alpha``
+        r and α of every module that no pattern names.
+    ``targets``, ``exclude``
+        ``"all-linear"``, one regular expression for the whole module name, or names that end it.
+    ``dropout``
+        Probability of zeroing an entry of x on its way into ``a``; active when a key is given.
+    ``rank_pattern``, ``alpha_pattern``
+        ``{regular expression at the end of a module name: value}``; the first that matches holds.
+    ``layers_to_transform``
+        Numbers of the layers to adapt; None for all.
+    ``rank_stabilized``
+        Scale by α/√r instead of α/r.
+    ``modules_to_save``
+        Ends of names of modules to train whole; they are copied into the collection ``full``.
+    ``init``
+        ``"kaiming"``: a ~ U(±1/√K), PEFT's default; ``"gaussian"``: a ~ N(0, 1/r²).
+
+    Raises :class:`ConfigError` for a value outside its range.
+
+    >>> LoRA(rank=16, alpha=32, targets=["q_proj", "v_proj"]).targets
+    ('q_proj', 'v_proj')
+    """
+
+    rank: int = 8
+    alpha: float = 16
+    targets: str | Sequence[str] = "all-linear"
+    exclude: str | Sequence[str] = ()
+    dropout: float = 0.0
+    rank_pattern: Mapping[str, int] | Sequence[tuple[str, int]] = ()
+    alpha_pattern: Mapping[str, float] | Sequence[tuple[str, float]] = ()
+    layers_to_transform: int | Sequence[int] | None = None
+    rank_stabilized: bool = False
+    modules_to_save: str | Sequence[str] = ()
+    init: str = "kaiming"
+
+    def __post_init__(self) -> None:
+        layers = self.layers_to_transform
+        layers = (layers,) if isinstance(layers, int) else layers
+        frozen = {
+            "targets": frozen_names(self.targets, keep_string=True),
+            "exclude": frozen_names(self.exclude, keep_string=True),
+            "modules_to_save": frozen_names(self.modules_to_save, keep_string=False),
+            "rank_pattern": frozen_pattern(self.rank_pattern),
+            "alpha_pattern": frozen_pattern(self.alpha_pattern),
+            "layers_to_transform": None if layers is None else tuple(layers),
+        }
+        for field, value in frozen.items():
+            object.__setattr__(self, field, value)
+        self._validate()
+
+    def _validate(self) -> None:
+        ranks = {"rank": self.rank, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern}}
+        for field, rank in ranks.items():
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise ConfigError(f"LoRA {field}={rank!r}: a rank is a whole number from 1 up")
+        alphas = {
+            "alpha": self.alpha,
+            **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern},
+        }
+        for field, alpha in alphas.items():
+            if not alpha > 0:
+                raise ConfigError(f"LoRA {field}={alpha!r}: must be positive")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"LoRA dropout={self.dropout!r}: must be at least 0 and below 1")
+        if self.init not in INITS:
+            raise ConfigError(f"LoRA init={self.init!r}: known are {', '.join(INITS)}")
+        expressions = [t for t in (self.targets, self.exclude) if isinstance(t, str)]
+        expressions += [key for key, _ in (*self.rank_pattern, *self.alpha_pattern)]
+        for expression in expressions:
+            try:
+                re.compile(expression)
+            except re.error as error:
+                raise ConfigError(
+                    f"LoRA: {expression!r} is no regular expression: {error}"
+                ) from error
+        if self.targets == ():
+            raise ConfigError("LoRA targets=[]: name a module, or say 'all-linear'")
+
+
+def ranks(placement: Placement) -> tuple[int, ...]:
+    """Rank of every layer of a site, row-major over its lead axes; 0 where the layer is not
+    served."""
+    spec: LoRA = placement.spec
+    pairs = zip(placement.site.names, placement.layers, strict=True)
+    return tuple(
+        int(pattern_value(spec.rank_pattern, name, spec.rank)) if served else 0
+        for name, served in pairs
+    )
+
+
+def scales(placement: Placement) -> tuple[float, ...]:
+    """s of every layer of a site: α/r or α/√r, and 0 where the layer is not served."""
+    spec: LoRA = placement.spec
+    root = math.sqrt if spec.rank_stabilized else float
+    return tuple(
+        pattern_value(spec.alpha_pattern, name, spec.alpha) / root(rank) if rank else 0.0
+        for name, rank in zip(placement.site.names, ranks(placement), strict=True)
+    )
+
+
+def check(spec: LoRA, placements: Sequence[Placement]) -> None:
+    """Raise for a pattern that matches nothing and for a rank that its matrix cannot hold."""
+    check_pattern("rank_pattern", (key for key, _ in spec.rank_pattern), placements)
+    check_pattern("alpha_pattern", (key for key, _ in spec.alpha_pattern), placements)
+    for placement in placements:
+        site = placement.site
+        limit = min(site.features_in, site.features_out)
+        if (largest := max(ranks(placement))) > limit:
+            raise UnsupportedSite(
+                f"rank {largest} at {placement.names[0]}: its matrix is "
+                f"{site.features_in} x {site.features_out}, so ranks above {limit} add nothing"
+            )
+
+
+def init(key: jax.Array, placement: Placement) -> dict[str, jax.Array]:
+    """``a [*lead, K, R]`` and ``b [*lead, R, N]``, fp32; each layer's numbers depend on its name
+    alone."""
+    site = placement.site
+    sizes = ranks(placement)
+    width = max(sizes)
+    keys = jnp.stack([fold_in_path(key, tuple(name.split("."))) for name in site.names])
+    columns = jnp.arange(width)[None, :] < jnp.asarray(sizes)[:, None]  # [layers, R]
+    if site.kind == "embed":
+        a = jnp.zeros((len(sizes), site.features_in, width), jnp.float32)
+        draw = jax.vmap(lambda k: jax.random.normal(k, (width, site.features_out), jnp.float32))
+        b = jnp.where(columns[:, :, None], draw(keys), 0.0)
+    else:
+        a = jnp.where(columns[:, None, :], _draw_a(keys, placement, sizes, width), 0.0)
+        b = jnp.zeros((len(sizes), width, site.features_out), jnp.float32)
+    return {
+        "a": a.reshape(*site.lead, site.features_in, width),
+        "b": b.reshape(*site.lead, width, site.features_out),
+    }
+
+
+def _draw_a(keys: jax.Array, placement: Placement, sizes: tuple[int, ...], width: int) -> jax.Array:
+    k = placement.site.features_in
+    if placement.spec.init == "gaussian":
+        std = jnp.asarray([1.0 / max(size, 1) for size in sizes], jnp.float32)
+        draw = jax.vmap(lambda key: jax.random.normal(key, (k, width), jnp.float32))
+        return draw(keys) * std[:, None, None]
+    bound = 1.0 / math.sqrt(k)  # torch's kaiming_uniform_ with a=√5 and fan_in=K
+    return jax.vmap(lambda key: jax.random.uniform(key, (k, width), jnp.float32, -bound, bound))(
+        keys
+    )
+
+
+def constants(placement: Placement) -> dict[str, Any]:
+    """``scale [*lead]`` fp32."""
+    return {"scale": np.asarray(scales(placement), np.float32).reshape(placement.site.lead)}
+
+
+def effect(
+    x: jax.Array, y: jax.Array, leaves: Leaves, placement: Placement, key: jax.Array | None
+) -> jax.Array:
+    """y + s · (x a) b in y's dtype; the products take y's dtype and accumulate in fp32."""
+    a, b = leaves["a"].astype(y.dtype), leaves["b"].astype(y.dtype)
+    if placement.site.kind == "embed":
+        h = jnp.take(a, x, axis=0)
+    else:
+        x = x.astype(y.dtype)
+        rate = placement.spec.dropout
+        if rate and key is not None:
+            keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+            x = jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
+        h = x @ a
+    h = (h.astype(jnp.float32) * leaves["scale"]).astype(y.dtype)
+    return y + h @ b
+
+
+def delta(leaves: Leaves, placement: Placement) -> jax.Array:
+    """s · a b, fp32 ``[*lead, K, N]``."""
+    scale = jnp.asarray(constants(placement)["scale"])[..., None, None]
+    a, b = leaves["a"].astype(jnp.float32), leaves["b"].astype(jnp.float32)
+    return jnp.matmul(a * scale, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def penalty(leaves: Leaves, placement: Placement) -> jax.Array:
+    """Zero: LoRA asks for no term in the loss."""
+    del leaves, placement
+    return jnp.zeros((), jnp.float32)
+
+
+METHOD = Method(
+    collection="lora",
+    check=check,
+    ranks=ranks,
+    init=init,
+    constants=constants,
+    effect=effect,
+    delta=delta,
+    penalty=penalty,
+)
