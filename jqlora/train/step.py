@@ -81,7 +81,7 @@ def make_train_step(
             "grad_norm": optax.tree.norm(gradients),
             "tokens": count,
         }
-        adapters = optax.apply_updates(state.adapters, updates)
+        adapters: Any = optax.apply_updates(state.adapters, updates)
         return TrainState(state.step + 1, adapters, opt_state, state.key), metrics
 
     return jax.jit(step, donate_argnums=0)

@@ -1,0 +1,27 @@
+"""A run's settings: what there is (:mod:`.schema`) and how it is read (:mod:`.reading`)."""
+
+from jqlora.config.reading import dump_config, known_keys, read_config
+from jqlora.config.schema import (
+    DataConfig,
+    LoRAConfig,
+    ModelConfig,
+    OutputConfig,
+    QuantizeConfig,
+    RunConfig,
+    SampleConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "DataConfig",
+    "LoRAConfig",
+    "ModelConfig",
+    "OutputConfig",
+    "QuantizeConfig",
+    "RunConfig",
+    "SampleConfig",
+    "TrainConfig",
+    "dump_config",
+    "known_keys",
+    "read_config",
+]

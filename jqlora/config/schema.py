@@ -1,0 +1,211 @@
+"""What a run is: frozen dataclasses, the only list of settings there is.
+
+YAML files and ``key=value`` overrides fill them (:mod:`jqlora.config.reading`), the command line
+prints them, a run directory keeps them. The string under each field is its documentation. Values
+that contradict each other are refused here, so that a config that exists can be run.
+"""
+
+import dataclasses
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+
+from jqlora.errors import ConfigError
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+STRICT = ConfigDict(extra="forbid", strict=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizeConfig:
+    """How the frozen base is stored in 4 bits."""
+
+    __pydantic_config__ = STRICT
+
+    scheme: Literal["nf4", "fp4"] = "nf4"
+    """The 16 levels: normal-float (QLoRA's) or float."""
+    block: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
+    """How many weights share one scale."""
+    double_quant: bool = True
+    """Store the scales as 8-bit codes as well."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The base model."""
+
+    __pydantic_config__ = STRICT
+
+    source: str
+    """A hub id, a local Hugging Face directory, a .gguf file, or ``package:NAME``."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the computation and of unquantized weights; auto is float32 on CPUs, else bfloat16."""
+    quantize: QuantizeConfig | None = None
+    """Store the linear layers in 4 bits; null keeps them whole."""
+    remat: Literal["none", "full"] = "none"
+    """``full`` recomputes each layer in the backward pass: less memory, about a third slower."""
+    attention: Literal["auto", "xla", "cudnn"] = "auto"
+    """Which implementation of attention."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """The method: every field but ``name`` is one of ``jq.LoRA``."""
+
+    __pydantic_config__ = STRICT
+
+    name: Literal["lora"] = "lora"
+    """Which method."""
+    rank: Positive = 8
+    """Rank r of the adapters."""
+    alpha: PositiveFloat = 16
+    """The adapters' output is scaled by alpha / r."""
+    targets: str | tuple[str, ...] = "all-linear"
+    """``all-linear``, a regular expression for the whole module name, or a list of its ends."""
+    exclude: str | tuple[str, ...] = ()
+    """Modules left out of the targets, written in the same ways."""
+    dropout: Share = 0.0
+    """Share of the adapters' inputs dropped in training."""
+    rank_pattern: dict[str, Positive] = dataclasses.field(default_factory=dict)
+    """Other ranks for modules by name or regular expression."""
+    alpha_pattern: dict[str, PositiveFloat] = dataclasses.field(default_factory=dict)
+    """Other alphas, likewise."""
+    layers_to_transform: tuple[Count, ...] | None = None
+    """Numbers of the layers to adapt; null is all."""
+    rank_stabilized: bool = False
+    """Scale by alpha / sqrt(r) instead."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules trained whole, such as a new head."""
+    init: Literal["kaiming", "gaussian"] = "kaiming"
+    """How the first factor starts; the second starts at zero."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is learnt, and what is kept from it to measure by."""
+
+    __pydantic_config__ = STRICT
+
+    train: str | tuple[str, ...]
+    """File, pattern, folder, ``package:NAME/FILE``, ``datasets:NAME``, or a list of them."""
+    heldout: str | tuple[str, ...] | None = None
+    """Records never trained on, whose loss is reported."""
+    heldout_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Instead of ``heldout``: the share of ``train`` to hold out, whole questions at a time."""
+    general: str | tuple[str, ...] | None = None
+    """Records of general knowledge, to see whether training damages it."""
+    length: Positive = 512
+    """Tokens in a row of a batch."""
+    packing: bool = True
+    """Several records in a row, each attending only to itself."""
+    train_on: Literal["completion", "all"] = "completion"
+    """Learn the answers, or every token."""
+    too_long: Literal["error", "truncate", "split"] = "error"
+    """What becomes of a record longer than ``length``."""
+    template: str = "auto"
+    """``auto``, ``chat``, ``alpaca``, ``plain``, or a .jinja file with a chat template."""
+
+    def __post_init__(self) -> None:
+        if self.heldout is not None and self.heldout_share is not None:
+            raise ConfigError("data.heldout and data.heldout_share exclude each other: keep one")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, how fast, and how often to look."""
+
+    __pydantic_config__ = STRICT
+
+    steps: Positive | None = None
+    """Updates to make; either this or ``epochs``."""
+    epochs: PositiveFloat | None = None
+    """Passes over the data; may be a fraction."""
+    batch_size: Positive = 8
+    """Rows in one update, all micro-batches together."""
+    accumulate: Positive = 1
+    """Micro-batches that an update is cut into, to save memory."""
+    lr: PositiveFloat = 2e-4
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+    warmup: Count = 0
+    """Updates over which the learning rate rises from zero."""
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    """AdamW's decay rates of the two moments."""
+    weight_decay: NonNegative = 0.0
+    """AdamW's decay; biases and norms are spared."""
+    max_grad_norm: PositiveFloat | None = 1.0
+    """Gradients are scaled down to this global norm; null leaves them."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Of the data order, the adapters' start, and dropout."""
+    log_every: Positive = 1
+    """Steps between rows of metrics.jsonl."""
+    eval_every: Count = 0
+    """Steps between held-out evaluations; 0 is only before and after."""
+    save_every: Count = 100
+    """Steps between checkpoints; 0 is only at the end."""
+    keep: Positive = 2
+    """Checkpoints kept."""
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            given = "neither" if self.steps is None else "both"
+            raise ConfigError(f"give either train.steps or train.epochs, not {given}")
+        if self.batch_size % self.accumulate:
+            raise ConfigError(
+                f"train.accumulate={self.accumulate} does not divide "
+                f"train.batch_size={self.batch_size}"
+            )
+        if self.steps is not None and self.warmup >= self.steps:
+            raise ConfigError(
+                f"train.warmup={self.warmup} must be below train.steps={self.steps}, "
+                "or the run ends before its peak learning rate"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Answers generated before and after training, for the report."""
+
+    __pydantic_config__ = STRICT
+
+    prompts: tuple[str, ...] = ()
+    """Questions to ask the model, greedily decoded."""
+    max_new_tokens: Positive = 48
+    """Longest answer."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    """Where the run is kept."""
+
+    __pydantic_config__ = STRICT
+
+    directory: str
+    """The run directory: metrics, checkpoints, adapter, plots, report."""
+    overwrite: bool = False
+    """Delete an earlier run that is in the way."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that ``jqlora train`` needs to know."""
+
+    __pydantic_config__ = STRICT
+
+    model: ModelConfig
+    """The base model."""
+    method: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
+    """What is trained."""
+    data: DataConfig
+    """What it is trained on."""
+    train: TrainConfig
+    """How it is trained."""
+    sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
+    """Answers for the report."""
+    output: OutputConfig
+    """Where the run is kept."""

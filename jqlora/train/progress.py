@@ -1,0 +1,59 @@
+"""What a person sees while a run goes on: a bar on a terminal, plain lines anywhere else."""
+
+import sys
+import time
+from typing import TextIO
+
+from tqdm import tqdm
+
+from jqlora.train.metrics import Row
+from jqlora.train.usage import device_peak_bytes, host_peak_bytes, readable_bytes
+
+
+class Progress:
+    """Shows steps of ``total``, of which ``done`` were made before; messages go above the bar."""
+
+    def __init__(self, total: int, *, done: int = 0, stream: TextIO | None = None):
+        self.total = total
+        self.stream = stream or sys.stderr
+        self._start, self._done_before = time.perf_counter(), done
+        self._bar = None
+        if self.stream.isatty():
+            self._bar = tqdm(
+                total=total, initial=done, file=self.stream, unit="step", dynamic_ncols=True
+            )
+
+    def step(self, row: Row, *, log: bool) -> None:
+        """Show one step's row: always on the bar; as a line, where there is none, if ``log``."""
+        numbers = (
+            f"loss {row['loss']:.4f} · {row['tokens_per_second']:.0f} tok/s · {self._memory()}"
+        )
+        if self._bar is not None:
+            self._bar.update()
+            self._bar.set_postfix_str(numbers)
+        elif log:
+            print(
+                f"step {row['step']}/{self.total} · {numbers} · {self._remaining(row['step'])}",
+                file=self.stream,
+                flush=True,
+            )
+
+    def say(self, text: str) -> None:
+        """Print a line without breaking the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=self.stream)
+        else:
+            print(text, file=self.stream, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _remaining(self, step: int) -> str:
+        made = step - self._done_before
+        seconds = (time.perf_counter() - self._start) / made * (self.total - step)
+        return f"{int(seconds) // 60}:{int(seconds) % 60:02d} left"
+
+    def _memory(self) -> str:
+        device = device_peak_bytes()
+        return f"{readable_bytes(host_peak_bytes() if device is None else device)} peak"
