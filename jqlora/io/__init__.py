@@ -1,0 +1,6 @@
+"""Models and adapters from and to files: Hugging Face directories, GGUF, bitsandbytes, PEFT."""
+
+from jqlora.io.layout import abstract_params
+from jqlora.io.load import describe, load
+
+__all__ = ["abstract_params", "describe", "load"]

