@@ -90,6 +90,7 @@ def frozen_names(value: str | Sequence[str], *, keep_string: bool) -> str | tupl
     return tuple(value)
 
 
-def frozen_pattern(value: Mapping[str, Any] | Sequence[tuple[str, Any]]) -> tuple:
-    """A mapping as a tuple of its items, so that the spec is hashable."""
-    return tuple((str(k), v) for k, v in (value.items() if isinstance(value, Mapping) else value))
+def items(pattern: Mapping[str, Any] | Sequence[tuple[str, Any]]) -> tuple[tuple[str, Any], ...]:
+    """A mapping as a tuple of its items, so that the spec is hashable; idempotent."""
+    pairs = pattern.items() if isinstance(pattern, Mapping) else pattern
+    return tuple((str(key), value) for key, value in pairs)

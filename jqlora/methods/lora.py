@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jqlora.errors import ConfigError, UnsupportedSite
-from jqlora.methods.base import Leaves, Method, Placement, frozen_names, frozen_pattern
+from jqlora.methods.base import Leaves, Method, Placement, frozen_names, items
 from jqlora.methods.targeting import check_pattern, pattern_value
 from jqlora.tree import fold_in_path
 
@@ -79,8 +79,8 @@ class LoRA:
             "targets": frozen_names(self.targets, keep_string=True),
             "exclude": frozen_names(self.exclude, keep_string=True),
             "modules_to_save": frozen_names(self.modules_to_save, keep_string=False),
-            "rank_pattern": frozen_pattern(self.rank_pattern),
-            "alpha_pattern": frozen_pattern(self.alpha_pattern),
+            "rank_pattern": items(self.rank_pattern),
+            "alpha_pattern": items(self.alpha_pattern),
             "layers_to_transform": None if layers is None else tuple(layers),
         }
         for field, value in frozen.items():
@@ -88,13 +88,16 @@ class LoRA:
         self._validate()
 
     def _validate(self) -> None:
-        ranks = {"rank": self.rank, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern}}
+        ranks = {
+            "rank": self.rank,
+            **{f"rank_pattern[{k!r}]": v for k, v in items(self.rank_pattern)},
+        }
         for field, rank in ranks.items():
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise ConfigError(f"LoRA {field}={rank!r}: a rank is a whole number from 1 up")
         alphas = {
             "alpha": self.alpha,
-            **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern},
+            **{f"alpha_pattern[{k!r}]": v for k, v in items(self.alpha_pattern)},
         }
         for field, alpha in alphas.items():
             if not alpha > 0:
@@ -104,7 +107,7 @@ class LoRA:
         if self.init not in INITS:
             raise ConfigError(f"LoRA init={self.init!r}: known are {', '.join(INITS)}")
         expressions = [t for t in (self.targets, self.exclude) if isinstance(t, str)]
-        expressions += [key for key, _ in (*self.rank_pattern, *self.alpha_pattern)]
+        expressions += [key for key, _ in (*items(self.rank_pattern), *items(self.alpha_pattern))]
         for expression in expressions:
             try:
                 re.compile(expression)
@@ -122,7 +125,7 @@ def ranks(placement: Placement) -> tuple[int, ...]:
     spec: LoRA = placement.spec
     pairs = zip(placement.site.names, placement.layers, strict=True)
     return tuple(
-        int(pattern_value(spec.rank_pattern, name, spec.rank)) if served else 0
+        int(pattern_value(items(spec.rank_pattern), name, spec.rank)) if served else 0
         for name, served in pairs
     )
 
@@ -132,15 +135,15 @@ def scales(placement: Placement) -> tuple[float, ...]:
     spec: LoRA = placement.spec
     root = math.sqrt if spec.rank_stabilized else float
     return tuple(
-        pattern_value(spec.alpha_pattern, name, spec.alpha) / root(rank) if rank else 0.0
+        pattern_value(items(spec.alpha_pattern), name, spec.alpha) / root(rank) if rank else 0.0
         for name, rank in zip(placement.site.names, ranks(placement), strict=True)
     )
 
 
 def check(spec: LoRA, placements: Sequence[Placement]) -> None:
     """Raise for a pattern that matches nothing and for a rank that its matrix cannot hold."""
-    check_pattern("rank_pattern", (key for key, _ in spec.rank_pattern), placements)
-    check_pattern("alpha_pattern", (key for key, _ in spec.alpha_pattern), placements)
+    check_pattern("rank_pattern", (key for key, _ in items(spec.rank_pattern)), placements)
+    check_pattern("alpha_pattern", (key for key, _ in items(spec.alpha_pattern)), placements)
     for placement in placements:
         site = placement.site
         limit = min(site.features_in, site.features_out)

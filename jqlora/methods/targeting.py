@@ -108,7 +108,7 @@ def _check_names(spec: Spec, sites: Sequence[Site]) -> None:
                 raise NoSiteMatched(_no_match(f"{field} '{one}' matched no module", one, names))
     if spec.layers_to_transform is not None:
         targeted = (n for site in sites for n in site.names if _targeted(spec, site, n))
-        numbers = {layer_number(name) for name in targeted} - {None}
+        numbers = {n for name in targeted if (n := layer_number(name)) is not None}
         if wrong := [n for n in spec.layers_to_transform if n not in numbers]:
             known = f"{min(numbers)}..{max(numbers)}" if numbers else "none"
             raise NoSiteMatched(
