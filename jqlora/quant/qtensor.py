@@ -1,0 +1,149 @@
+"""A matrix stored as 4-bit codes, and still a leaf of the parameter tree."""
+
+import math
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from jqlora.quant.codebooks import dynamic_map
+from jqlora.quant.schemes import SCHEMES
+from jqlora.quant.spec import BlockQuant
+from jqlora_kernels.dequantize_blockwise import dequantize_blockwise
+from jqlora_kernels.scales import GROUP, Nested
+
+
+@flax.struct.dataclass
+class NestedScales:
+    """Second-level scales: scale i is ``dynamic_map()[code] * absmax[i // 256] + offset``.
+
+    i counts the scales of one matrix. ``absmax`` f32 [*lead, groups]; ``offset`` f32 [*lead], the mean that was taken off before.
+    """
+
+    absmax: jax.Array
+    offset: jax.Array
+
+
+@flax.struct.dataclass
+class QTensor:
+    """The kernel [*lead, K, N] of a dense layer, quantized in blocks.
+
+    Invariants:
+
+    * It stands for ``W[n, k] = codebook[code[n, k]] * scale[block of (n, k)]``, computed in fp32 and
+      rounded to ``dtype``, and for the kernel that is its transpose. W, (out, in), is what is stored,
+      as in bitsandbytes and Hugging Face files, so that codes move between them as they are.
+    * Blocks run over W in row-major order. If they end with the rows (K a multiple of ``block``),
+      (rows, columns) is (N, K); if not, it is (1, N*K).
+    * ``codes`` is uint8 [*lead, rows, ceil(columns/2)], element 2j in the high nibble of byte j.
+    * ``scales`` is f32 [*lead, rows, ceil(columns/block)]; with ``nested`` it is uint8, the codes
+      of scales. Second-level groups run over the scales of one matrix.
+    * Every array leaf starts with the same lead axes. Leaves may be ``ShapeDtypeStruct``.
+    """
+
+    codes: jax.Array
+    scales: jax.Array
+    nested: NestedScales | None
+    scheme: str = flax.struct.field(pytree_node=False)
+    block: int = flax.struct.field(pytree_node=False)
+    matrix_shape: tuple[int, int] = flax.struct.field(pytree_node=False)
+    dtype: Any = flax.struct.field(pytree_node=False)
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """The axes before the matrix: layers, experts."""
+        return tuple(self.codes.shape[:-2])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[*lead, K, N], the shape of the kernel it stands for."""
+        return (*self.lead, *self.matrix_shape)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """The number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays that it holds."""
+        return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(self))
+
+    @property
+    def bits_per_param(self) -> float:
+        """Stored bits per weight, scales included: 4.127 for blocks of 64, doubly quantized."""
+        return 8 * self.nbytes / self.size
+
+    @property
+    def spec(self) -> BlockQuant:
+        """The spec that quantizes to this storage."""
+        return SCHEMES[self.scheme].spec(block=self.block, double_quant=self.nested is not None)
+
+    @property
+    def codebook(self) -> np.ndarray:
+        """fp32 [16]: the value of every code."""
+        return SCHEMES[self.scheme].codebook()
+
+    def kernel_operands(self) -> tuple[jax.Array, jax.Array, jax.Array, Nested | None]:
+        """(codes, scales, codebook, nested) as ``jqlora_kernels`` takes them."""
+        nested = None
+        if self.nested is not None:
+            nested = (self.nested.absmax, self.nested.offset, jnp.asarray(dynamic_map()))
+        return self.codes, self.scales, jnp.asarray(self.codebook), nested
+
+    def dequantize_rows(self, dtype: DTypeLike | None = None) -> jax.Array:
+        """W [*lead, N, K] in ``dtype`` (default: its own), bit-equal to bitsandbytes' decode."""
+        inputs, outputs = self.matrix_shape
+        rows = row_count(self.matrix_shape, self.block)
+        values = dequantize_blockwise(
+            *self.kernel_operands(),
+            block=self.block,
+            columns=inputs * outputs // rows,
+            dtype=self.dtype if dtype is None else dtype,
+        )
+        return values.reshape(*self.lead, outputs, inputs)
+
+    def dequantize(self, dtype: DTypeLike | None = None) -> jax.Array:
+        """The kernel [*lead, K, N] in ``dtype`` (default: its own)."""
+        return jnp.swapaxes(self.dequantize_rows(dtype), -1, -2)
+
+    def flat_lead(self) -> "QTensor":
+        """The same matrices under one lead axis, [prod(lead)]."""
+        depth = len(self.lead)
+        count = math.prod(self.lead)
+
+        def flat(leaf: jax.Array) -> jax.Array:
+            return leaf.reshape(count, *leaf.shape[depth:])
+
+        return jax.tree.map(flat, self)
+
+
+def row_count(matrix_shape: tuple[int, int], block: int) -> int:
+    """How many rows codes and scales have: N where blocks end with the rows of W, else 1."""
+    inputs, outputs = matrix_shape
+    return outputs if inputs % block == 0 else 1
+
+
+def leaf_shapes(matrix_shape: tuple[int, int], spec: BlockQuant) -> dict[str, tuple[int, ...]]:
+    """Shapes of ``codes``, ``scales`` and second-level ``absmax`` for one matrix (K, N)."""
+    inputs, outputs = matrix_shape
+    rows = row_count(matrix_shape, spec.block)
+    columns = inputs * outputs // rows
+    blocks = -(-columns // spec.block)
+    return {
+        "codes": (rows, -(-columns // 2)),
+        "scales": (rows, blocks),
+        "absmax": (-(-rows * blocks // GROUP),),
+    }
+
+
+def is_qtensor(leaf: object) -> bool:
+    """For ``jax.tree.map(..., is_leaf=is_qtensor)``."""
+    return isinstance(leaf, QTensor)

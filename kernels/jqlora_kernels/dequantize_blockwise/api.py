@@ -1,0 +1,38 @@
+"""Decoding, by the backend that the platform prefers."""
+
+import functools
+
+import jax
+from jax.typing import DTypeLike
+
+from jqlora_kernels import dispatch
+from jqlora_kernels.dequantize_blockwise import pallas_triton, reference
+from jqlora_kernels.scales import Nested
+
+
+def dequantize_blockwise(
+    codes: jax.Array,
+    scales: jax.Array,
+    codebook: jax.Array,
+    nested: Nested | None = None,
+    index: jax.Array | None = None,
+    *,
+    block: int,
+    columns: int,
+    dtype: DTypeLike,
+    backend: str | None = None,
+) -> jax.Array:
+    """Values [*lead, rows, columns]; see ``reference.dequantize_blockwise`` for the operands.
+
+    ``backend``: "reference", "triton", "triton_interpret" (the same kernel emulated on a CPU), or
+    None for the platform's choice. Raises what ``dispatch.run`` raises.
+    """
+    operands = (codes, scales, codebook, nested, index)
+    static = {"block": block, "columns": columns, "dtype": dtype}
+    kernel = functools.partial(pallas_triton.dequantize_blockwise, *operands, **static)
+    backends = {
+        "triton": kernel,
+        "triton_interpret": functools.partial(kernel, interpret=True),
+        "reference": functools.partial(reference.dequantize_blockwise, *operands, **static),
+    }
+    return dispatch.run("dequantize_blockwise", backends, backend)

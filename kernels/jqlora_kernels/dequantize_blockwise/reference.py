@@ -1,0 +1,59 @@
+"""Decoding packed 4-bit codes: the definition.
+
+``value = round(codebook[code] * scale)``: the product in fp32, rounded once to the wanted dtype.
+
+A select tree over the 16 entries would hold dozens of fp32 intermediates of the matrix's size alive
+on a GPU; the look-up into the codebook holds none, and is the fastest on a CPU besides.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jqlora_kernels.scales import Nested, decode_scales, look_up
+
+
+def dequantize_blockwise(
+    codes: jax.Array,
+    scales: jax.Array,
+    codebook: jax.Array,
+    nested: Nested | None = None,
+    index: jax.Array | None = None,
+    *,
+    block: int,
+    columns: int,
+    dtype: DTypeLike,
+) -> jax.Array:
+    """Values [*lead, rows, columns]; with ``index`` those of one element of the one lead axis.
+
+    ``codes`` uint8 [*lead, rows, ceil(columns/2)], element 2j in the high nibble; ``scales``
+    [*lead, rows, ceil(columns/block)], f32 or, with ``nested``, uint8; ``codebook`` f32 [16].
+    """
+    codes, scales, nested = select(codes, scales, nested, index)
+    nibbles = jnp.stack([codes >> 4, codes & 15], axis=-1)
+    nibbles = nibbles.reshape(*codes.shape[:-1], 2 * codes.shape[-1])[..., :columns]
+    values = look_up(codebook, nibbles)
+    return scale_blocks(values, decode_scales(scales, nested), block).astype(dtype)
+
+
+def scale_blocks(values: jax.Array, scales: jax.Array, block: int) -> jax.Array:
+    """fp32 [..., n] times the scale of each block, [..., ceil(n/block)]; the last may be short."""
+    *lead, count = values.shape
+    if count % block:
+        return values * jnp.repeat(scales, block, axis=-1)[..., :count]
+    return (values.reshape(*lead, -1, block) * scales[..., None]).reshape(values.shape)
+
+
+def select(
+    codes: jax.Array, scales: jax.Array, nested: Nested | None, index: jax.Array | None
+) -> tuple[jax.Array, jax.Array, Nested | None]:
+    """Element ``index`` of the lead axis of every operand, or the operands as they are."""
+    if index is None:
+        return codes, scales, nested
+
+    def take(stack: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_index_in_dim(stack, index, 0, keepdims=False)
+
+    if nested is not None:
+        nested = (take(nested[0]), take(nested[1]), nested[2])
+    return take(codes), take(scales), nested
