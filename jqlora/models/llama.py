@@ -1,0 +1,227 @@
+"""Llama, Mistral, Qwen2 and SmolLM2: one decoder in plain Linen, its layers scanned or looped.
+
+Module paths are those of the Hugging Face checkpoint without the layer number. Nothing here knows
+adapters or quantization: projections are ``nn.Dense``, the embedding is ``nn.Embed``.
+"""
+
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jqlora.errors import ConfigError
+from jqlora.models.activations import ACTIVATIONS
+from jqlora.models.attention import Attention, LayerCache, SelfAttention
+from jqlora.models.config import LlamaConfig
+from jqlora.models.masks import Attending
+from jqlora.models.norm import RMSNorm
+from jqlora.models.outputs import CausalLMOutput, KVCache
+from jqlora.models.preparation import append, attending_for
+
+Remat = Literal["none", "full"]
+
+
+class MLP(nn.Module):
+    """``down(act(gate(x)) · up(x))`` (SwiGLU, arXiv:2002.05202)."""
+
+    config: LlamaConfig
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        config = self.config
+
+        def project(name: str, y: jax.Array, features: int) -> jax.Array:
+            return nn.Dense(
+                features,
+                use_bias=config.mlp_bias,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                kernel_init=nn.initializers.normal(config.initializer_range),
+                name=name,
+            )(y)
+
+        gate = ACTIVATIONS[config.hidden_act](project("gate_proj", x, config.intermediate_size))
+        up = project("up_proj", x, config.intermediate_size)
+        return project("down_proj", gate * up, config.hidden_size)
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each after a norm and added to the stream."""
+
+    config: LlamaConfig
+    dtype: Any
+    param_dtype: Any
+    attention: Attention
+
+    def setup(self) -> None:
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        self.input_layernorm = RMSNorm(self.config.rms_norm_eps, **types)
+        self.self_attn = SelfAttention(self.config, attention=self.attention, **types)
+        self.post_attention_layernorm = RMSNorm(self.config.rms_norm_eps, **types)
+        self.mlp = MLP(self.config, **types)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        attending: Attending,
+        windowed: jax.Array,
+        cache: LayerCache | None,
+    ) -> tuple[jax.Array, tuple[LayerCache | None, jax.Array | None]]:
+        """x [B, T, D] -> (x, (fresh keys and values or None, x if hidden states are wanted))."""
+        mixed, fresh = self.self_attn(self.input_layernorm(x), attending, windowed, cache)
+        x = x + mixed
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        return x, (fresh, x if attending.emit_hidden else None)
+
+
+class LlamaModel(nn.Module):
+    """Embedding, layers and final norm."""
+
+    config: LlamaConfig
+    dtype: Any
+    param_dtype: Any
+    scan: bool
+    remat: Remat
+    attention: Attention
+
+    def setup(self) -> None:
+        for name, value, accepted in (
+            ("remat", self.remat, ("none", "full")),
+            ("attention", self.attention, ("auto", "xla", "cudnn")),
+        ):
+            if value not in accepted:
+                raise ConfigError(f"{name}={value!r} is unknown; accepted: {', '.join(accepted)}")
+        config = self.config
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        self.embed_tokens = nn.Embed(
+            config.vocab_size,
+            config.hidden_size,
+            embedding_init=nn.initializers.normal(config.initializer_range),
+            **types,
+        )
+        layer: Any = DecoderLayer
+        if self.remat == "full":
+            layer = nn.remat(layer, prevent_cse=not self.scan)
+        if self.scan:
+            layer = nn.scan(
+                layer,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(nn.broadcast, 0, 0),  # pyright: ignore[reportArgumentType] flax says int
+                length=config.num_hidden_layers,
+            )
+            self.layers = layer(config, attention=self.attention, **types)
+        else:
+            self.layers = [
+                layer(config, attention=self.attention, **types)
+                for _ in range(config.num_hidden_layers)
+            ]
+        self.norm = RMSNorm(config.rms_norm_eps, **types)
+
+    def __call__(
+        self, input_ids: jax.Array, attending: Attending, cache: LayerCache | None
+    ) -> tuple[jax.Array, LayerCache | None, jax.Array | None]:
+        """Ids [B, T] -> (normed x [B, T, D], fresh k and v [L, B, T, KV, H], hidden states)."""
+        x = embedded = self.embed_tokens(input_ids)
+        windowed = jnp.asarray(self.config.windowed)
+        if self.scan:
+            scanned: Any = self.layers
+            x, (fresh, hidden) = scanned(x, attending, windowed, cache)
+        else:
+            emitted = []
+            for i, layer in enumerate(self.layers):
+                layer_cache = None if cache is None else (cache[0][i], cache[1][i])
+                x, item = layer(x, attending, windowed[i], layer_cache)
+                emitted.append(item)
+            fresh, hidden = jax.tree.map(lambda *leaves: jnp.stack(leaves), *emitted)
+        x = self.norm(x)
+        if hidden is not None:
+            hidden = jnp.concatenate([embedded[None], hidden[:-1], x[None]])
+        return x, fresh, hidden
+
+
+class LlamaForCausalLM(nn.Module):
+    """A causal language model; parameters are ``param_dtype``, computation is ``dtype``.
+
+    ``scan`` stacks the layers' parameters on a lead axis [L] under ``layers`` (compile time does
+    not grow with depth); without it they live under ``layers_0``, ``layers_1``, ... . ``remat``
+    "full" keeps only each layer's input for the backward pass. ``attention`` "auto" is cuDNN for
+    half-precision calls on a GPU and XLA elsewhere.
+    """
+
+    config: LlamaConfig
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    scan: bool = True
+    remat: Remat = "none"
+    attention: Attention = "auto"
+
+    def setup(self) -> None:
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        self.model = LlamaModel(
+            self.config, scan=self.scan, remat=self.remat, attention=self.attention, **types
+        )
+        if not self.config.tie_word_embeddings:
+            self.lm_head = nn.Dense(
+                self.config.vocab_size,
+                use_bias=False,
+                kernel_init=nn.initializers.normal(self.config.initializer_range),
+                **types,
+            )
+
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        *,
+        attention_mask: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        cache: KVCache | None = None,
+        output_hidden_states: bool = False,
+    ) -> CausalLMOutput:
+        """Logits [B, T, V] for ``input_ids`` int32 [B, T].
+
+        ``attention_mask`` [B, T] is 1 at real tokens (padding on either side); ``segment_ids``
+        int32 [B, T] packs several sequences into a row, 0 being padding. ``positions`` default to
+        counting the real tokens of each row or segment. With a ``cache`` the mask covers these T
+        tokens only, which are written behind the cached ones. Outputs at padding mean nothing.
+        """
+        attending, segments = attending_for(
+            self.config,
+            input_ids.shape,
+            dtype=jnp.dtype(self.dtype),
+            attention_mask=attention_mask,
+            positions=positions,
+            segment_ids=segment_ids,
+            cache=cache,
+            emit_hidden=output_hidden_states,
+        )
+        past = None if cache is None else (cache.keys, cache.values)
+        x, fresh, hidden = self.model(input_ids, attending, past)
+        if self.config.tie_word_embeddings:
+            logits = self.model.embed_tokens.attend(x)
+        else:
+            logits = self.lm_head(x)
+        if cache is not None:
+            assert fresh is not None
+            cache = append(cache, fresh, segments)
+        return CausalLMOutput(logits=logits, hidden_states=hidden, cache=cache)
+
+    def init_cache(self, batch: int, length: int) -> KVCache:
+        """An empty cache for ``length`` tokens (padding included) of ``batch`` rows."""
+        config = self.config
+        shape = (config.num_hidden_layers, batch, length)
+        empty = jnp.zeros((*shape, config.num_key_value_heads, config.head_dim), self.dtype)
+        return KVCache(
+            keys=empty,
+            values=empty,
+            segment_ids=jnp.zeros((batch, length), jnp.int32),
+            length=jnp.zeros((), jnp.int32),
+        )
+
+    def example_inputs(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of the smallest call, to trace the model without data."""
+        return {"input_ids": jax.ShapeDtypeStruct((1, 2), jnp.int32)}

@@ -1,0 +1,68 @@
+"""Who may attend to whom: one rule for padding, packing, sliding windows and cached decoding.
+
+A query in slot ``i`` sees a key in slot ``j`` if ``j <= i``, both carry the same segment id, and
+``j > i - window`` where the layer has a window. Padding is segment 0: it sees only padding, so no
+row is ever masked out wholly and no NaN can arise. A 0/1 attention mask is a segment id already.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+
+@struct.dataclass
+class Attending:
+    """What every layer of one call shares.
+
+    ``mask`` leaves out what ``causal`` and ``window`` state statically, because an attention kernel
+    skips work for those. ``windowed_mask`` is set only where layers of both sorts are mixed.
+    """
+
+    cos: jax.Array  # [B | 1, T, head_dim] in the compute dtype
+    sin: jax.Array
+    mask: jax.Array | None  # bool [B | 1, 1, T, S]
+    windowed_mask: jax.Array | None  # bool [B | 1, 1, T, S]
+    slot: jax.Array | None  # int32 []: where the cache is written; None without a cache
+    causal: bool = struct.field(pytree_node=False)
+    window: int | None = struct.field(pytree_node=False)
+    emit_hidden: bool = struct.field(pytree_node=False)
+
+
+def default_positions(
+    batch: int,
+    length: int,
+    *,
+    attention_mask: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    past: jax.Array | None = None,
+) -> jax.Array:
+    """Positions int32 [batch, length]; padding gets some valid position.
+
+    With ``segment_ids`` int32 [B, T] each run of one id counts from 0; else ``attention_mask``
+    [B, T] counts real tokens; else all are real. ``past`` int32 [B] counts the real tokens of a
+    cache, which these continue.
+    """
+    if segment_ids is not None:
+        steps = jnp.arange(length, dtype=jnp.int32)[None, :]
+        before = jnp.pad(segment_ids, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+        positions = steps - jax.lax.cummax(jnp.where(segment_ids != before, steps, 0), axis=1)
+    elif attention_mask is not None:
+        real = (attention_mask != 0).astype(jnp.int32)
+        positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
+    else:
+        positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None, :], (batch, length))
+    return positions if past is None else positions + past[:, None]
+
+
+def same_segment(queries: jax.Array, keys: jax.Array) -> jax.Array:
+    """bool [B, 1, T, S] from segment ids int32 [B, T] and [B, S]."""
+    return queries[:, None, :, None] == keys[:, None, None, :]
+
+
+def reaches(queries: jax.Array, keys: jax.Array, *, window: int | None) -> jax.Array:
+    """bool [1, 1, T, S]: whether the key at a slot [S] is in the past and window of a query [T]."""
+    distance = queries[:, None] - keys[None, :]
+    seen = distance >= 0
+    if window is not None:
+        seen &= distance < window
+    return seen[None, None]

@@ -1,0 +1,31 @@
+"""What a causal language model returns, and what it remembers between calls."""
+
+import jax
+from flax import struct
+
+
+@struct.dataclass
+class KVCache:
+    """Keys and values of the tokens seen so far, in slots ``0 .. length - 1``.
+
+    Invariants: all leaves are of static shape; slots from ``length`` on are zeros with segment 0;
+    one ``length`` serves the whole batch, so prompts of different lengths are padded on the left.
+    """
+
+    keys: jax.Array  # [L, B, S, KV, head_dim] in the compute dtype
+    values: jax.Array  # [L, B, S, KV, head_dim]
+    segment_ids: jax.Array  # int32 [B, S]: 0 where a slot is empty or padding
+    length: jax.Array  # int32 []
+
+
+@struct.dataclass
+class CausalLMOutput:
+    """Logits, and on request every hidden state and the cache after this call.
+
+    ``hidden_states`` are transformers' ``output_hidden_states``: the embeddings, then the output of
+    each layer, the last one after the final norm.
+    """
+
+    logits: jax.Array  # [B, T, V] in the compute dtype
+    hidden_states: jax.Array | None = None  # [L + 1, B, T, D]
+    cache: KVCache | None = None
