@@ -113,7 +113,8 @@ def render(record: Record, tokenizer: "PreTrainedTokenizerBase", template: Templ
         prompt = form.format(prompt=prompt, context=record.context)
     elif record.context:
         prompt = f"{prompt}\n{record.context}"
-    return Rendered((Piece(prompt, learn=False), Piece(completion, learn=True)), raw=True)
+    learn = record.kind != "messages" or record.messages[-1].train
+    return Rendered((Piece(prompt, learn=False), Piece(completion, learn=learn)), raw=True)
 
 
 def render_prompt(

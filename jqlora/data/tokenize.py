@@ -9,7 +9,7 @@ the end of a prompt, the prompt is tokenized by itself, as it is at generation.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -66,7 +66,7 @@ def tokenize(
         mask += learned.tolist()
     if rendered.raw:
         begin, end = _begin(tokenizer), _end(tokenizer, record.origin)
-        ids, mask = [*begin, *ids, end], [False] * len(begin) + mask + [True]
+        ids, mask = [*begin, *ids, end], [False] * len(begin) + mask + [rendered.pieces[-1].learn]
     mask_array = np.asarray(mask, np.bool_) | (train_on == "all")
     mask_array[:1] = False
     return Example(np.asarray(ids, np.int32), mask_array, record.origin)
@@ -108,11 +108,11 @@ def _spare_trailing_space(
         learned[last + 1 :] = False
 
 
-def _ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    return cast(list[int], tokenizer.encode(text, add_special_tokens=False, verbose=False))
+def _ids(text: str, tokenizer: Any) -> list[int]:
+    return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
 
-def _begin(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+def _begin(tokenizer: Any) -> list[int]:
     """The begin-of-sequence token, for the tokenizers that put one before plain text."""
     bos = tokenizer.bos_token_id
     first = tokenizer.encode("a")[:1]
@@ -120,9 +120,10 @@ def _begin(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
 
 
 def _end(tokenizer: "PreTrainedTokenizerBase", origin: str) -> int:
-    if tokenizer.eos_token_id is None:
+    eos: Any = tokenizer.eos_token_id
+    if eos is None:
         raise DataError(
             f"{origin}: the tokenizer has no end-of-sequence token, without which a model cannot "
             "learn to stop; set tokenizer.eos_token"
         )
-    return cast(int, tokenizer.eos_token_id)
+    return int(eos)
