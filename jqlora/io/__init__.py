@@ -2,5 +2,6 @@
 
 from jqlora.io.layout import abstract_params
 from jqlora.io.load import describe, load
+from jqlora.io.tokenizer import load_tokenizer
 
-__all__ = ["abstract_params", "describe", "load"]
+__all__ = ["abstract_params", "describe", "load", "load_tokenizer"]
