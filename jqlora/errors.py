@@ -41,6 +41,10 @@ class CheckpointError(JqloraError, ValueError):
     """A checkpoint is damaged or disagrees with its config: tensors missing, extra, misshapen."""
 
 
+class SaveError(JqloraError, OSError):
+    """Something cannot be written (full disk, no permission); what was there before is intact."""
+
+
 class AdapterFileError(JqloraError, ValueError):
     """An adapter directory cannot be used with this model."""
 
