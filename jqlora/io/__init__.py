@@ -2,6 +2,15 @@
 
 from jqlora.io.layout import abstract_params
 from jqlora.io.load import describe, load
+from jqlora.io.quantize_files import quantize_checkpoint
+from jqlora.io.save import save_pretrained
 from jqlora.io.tokenizer import load_tokenizer
 
-__all__ = ["abstract_params", "describe", "load", "load_tokenizer"]
+__all__ = [
+    "abstract_params",
+    "describe",
+    "load",
+    "load_tokenizer",
+    "quantize_checkpoint",
+    "save_pretrained",
+]

@@ -28,6 +28,7 @@ SAVED_FILES = (
     "*.jinja",
     "tokenizer*",
     "vocab*",
+    "spiece.model",
     "merges.txt",
     "special_tokens_map.json",
     "added_tokens.json",

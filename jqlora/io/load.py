@@ -5,9 +5,7 @@ quantized there and written into its leaf in place (a donated update) before the
 the peak of host memory lies about one tensor above the result, on the CPU too.
 """
 
-import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -20,29 +18,15 @@ from jqlora import tree
 from jqlora.io import bnb
 from jqlora.io.checkpoint import Checkpoint, open_checkpoint
 from jqlora.io.layout import Layout, lay_out
+from jqlora.io.place import Converter, convert, fill, read_float
 from jqlora.io.source import Source, resolve
 from jqlora.models import HFName
-from jqlora.quant import BlockQuant, QTensor, quantize_rows
+from jqlora.quant import BlockQuant, QTensor
 from jqlora.quant.params import SKIP
 from jqlora.types import Path
 
 Progress = Callable[[int, int, str], None]
 """Called after each tensor with the number done, the number of all, and the tensor's name."""
-
-
-@dataclass(frozen=True)
-class Converter:
-    """From a stored tensor to what its leaf holds; hashable, so it is static under ``jit``."""
-
-    dtype: str
-    transpose: bool = False
-    spec: BlockQuant | None = None
-
-    def __call__(self, raw: jax.Array) -> Any:
-        array = raw.astype(self.dtype)
-        if self.spec is not None:
-            return quantize_rows(array, self.spec)
-        return array.T if self.transpose else array
 
 
 def load(
@@ -108,33 +92,14 @@ def _place(checkpoint: Checkpoint, layout: Layout, item: HFName, dtype: str, lea
     stored = layout.stored.get(item.hf)
     if stored is not None:
         value: Any = bnb.read_qtensor(checkpoint.reader, stored)
-        convert = None
+        how = None
     else:
-        value = read_float(checkpoint, item.hf)
+        value = read_float(checkpoint.reader, item.hf)
         spec = shape.spec if isinstance(shape, QTensor) else None
-        convert = Converter(dtype, item.transpose, spec)
+        how = Converter(dtype, item.transpose, spec)
     if item.index is None:
-        return jax.block_until_ready(_convert(value, convert))
+        return jax.block_until_ready(convert(value, how))
     if leaf is None:
         leaf = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
     # wait, or the next tensors would be read while this one still is in memory
-    return jax.block_until_ready(_fill(leaf, value, np.int32(item.index), convert))
-
-
-def read_float(checkpoint: Checkpoint, name: str) -> np.ndarray:
-    """The tensor on the host, in a dtype that JAX holds without 64-bit mode."""
-    array = checkpoint.reader.read(name)
-    return array.astype(np.float32) if array.dtype == np.float64 else array
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _convert(value: Any, convert: Converter | None) -> Any:
-    return value if convert is None else convert(value)
-
-
-@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
-def _fill(stack: Any, value: Any, index: jax.Array, convert: Converter | None) -> Any:
-    item = value if convert is None else convert(value)
-    return jax.tree.map(
-        lambda s, t: jax.lax.dynamic_update_index_in_dim(s, t, index, 0), stack, item
-    )
+    return jax.block_until_ready(fill(leaf, value, np.int32(item.index), how))

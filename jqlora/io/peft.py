@@ -1,0 +1,298 @@
+"""LoRA adapters in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+Tensor names are ``base_model.model.<module>`` with ``.lora_A.weight`` [r, K] and
+``.lora_B.weight`` [N, r], or ``.lora_embedding_A`` [r, V] and ``.lora_embedding_B`` [D, r];
+parameters trained whole keep the names that they have in the model. Stacks are split into layers
+and cropped to each layer's rank.
+
+Where the input embedding is the output head as well, training it whole trains both; PEFT calls that
+``ensure_weight_tying`` and writes the matrix under both names. Its default, an embedding that comes
+apart from its head, is refused on reading: such a model is no longer tied.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from jqlora.attach import dense, inspect_model, quantized_paths
+from jqlora.errors import AdapterFileError, CheckpointError
+from jqlora.io.atomic import atomic_directory, atomic_write_json
+from jqlora.io.peft_config import CONFIG_FILE, read_config, read_spec, write_config
+from jqlora.io.readers import TensorReader
+from jqlora.io.readers.safetensors import SafetensorsFile
+from jqlora.io.readers.torch_zip import TorchFile
+from jqlora.methods import FULL, LoRA, Placement, Plan, assemble, method_of
+from jqlora.methods.lora import ranks
+from jqlora.methods.targeting import OUTPUT_HEAD
+from jqlora.models.families import HFName, family_for
+from jqlora.quant import QTensor
+from jqlora.sites import Survey
+from jqlora.tree import flatten, unflatten
+from jqlora.types import Adapters, Params
+from jqlora.types import Path as TreePath
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+BASE_LAYER = ".base_layer"
+REPLACES = (WEIGHTS_FILE, CONFIG_FILE, "adapter_model.bin", "README.md")
+
+
+class Entry(NamedTuple):
+    """One tensor of the file, and the part of an adapter leaf that it is.
+
+    The leaf at ``path`` (collection first), at ``index`` of its lead axis, cropped to ``shape``
+    and then transposed if ``transpose`` says so.
+    """
+
+    name: str
+    path: TreePath
+    index: int | None
+    shape: tuple[int, ...]
+    transpose: bool
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape of the tensor in the file."""
+        return self.shape[::-1] if self.transpose else self.shape
+
+    def place(self) -> tuple[Any, ...]:
+        """Index of the part within the leaf."""
+        lead = () if self.index is None else (self.index,)
+        return (*lead, *(slice(size) for size in self.shape))
+
+
+def save_adapter(
+    path: str | os.PathLike,
+    plan: Plan,
+    adapters: Adapters,
+    *,
+    model: nn.Module,
+    base_model_name: str | None = None,
+) -> None:
+    """Write a directory that ``PeftModel.from_pretrained`` reads; it replaces an earlier one whole.
+
+    Tensors are written in fp32. Raises :class:`AdapterFileError` for a plan that PEFT cannot
+    express.
+    """
+    names = _hf_names(model)
+    flat = flatten(adapters)
+    entries = _entries(plan, names)
+    tensors: dict[str, np.ndarray] = {}
+    for entry in entries:
+        part = np.asarray(flat[entry.path], np.float32)[entry.place()]
+        tensors[entry.name] = np.ascontiguousarray(part.T if entry.transpose else part)
+    tied = _tied_embedding(plan, model)
+    if tied is not None:
+        head = next(entry.name for entry in entries if entry.path == (FULL, *tied))
+        tensors[f"{PREFIX}{OUTPUT_HEAD}.weight"] = tensors[head].copy()
+    modules = [_module(name) for name in names.values()]
+    config = write_config(
+        plan, modules, base_model_name=base_model_name, tie_saved=tied is not None
+    )
+    with atomic_directory(path, replaces=REPLACES) as folder:
+        save_file(dict(sorted(tensors.items())), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        atomic_write_json(folder / CONFIG_FILE, config)
+
+
+def load_adapter(
+    path: str | os.PathLike, model: nn.Module, params: Params
+) -> tuple[Plan, dict[str, Any]]:
+    """``(plan, adapters)`` from a PEFT LoRA directory, for ``model``; leaves are fp32.
+
+    ``params`` may be quantized; its values matter only where the file brings base weights of its
+    own (PEFT writes them with adapted embeddings), which go to ``full`` if they differ. Raises
+    :class:`AdapterFileError` naming the field, or the tensors that are missing, surplus or
+    misshapen.
+    """
+    folder = Path(path)
+    config = read_config(folder)
+    reader = _open(folder)
+    names = _hf_names(model)
+    survey = inspect_model(model, params)
+    spec = _spec(config, survey, model, reader)
+    plan = assemble((spec,), survey, quantized_paths(params))
+    bases = {n: n.replace(BASE_LAYER, "") for n in reader.names() if f"{BASE_LAYER}." in n}
+    entries = _entries(plan, names)
+    given = set(reader.names()) - set(bases) - _tied_copies(config, plan, model, reader)
+    _check(entries, given, reader)
+    sizes = _leaf_shapes(plan)
+    flat = {entry.path: np.zeros(sizes[entry.path], np.float32) for entry in entries}
+    for entry in entries:
+        part = reader.read(entry.name).astype(np.float32)
+        flat[entry.path][entry.place()] = part.T if entry.transpose else part
+    plan = _take_base_weights(plan, flat, bases, reader, names, survey, params)
+    return plan, unflatten({p: jnp.asarray(leaf) for p, leaf in flat.items()})
+
+
+def _hf_names(model: nn.Module) -> dict[tuple[TreePath, int | None], HFName]:
+    return {(name.path, name.index): name for name in family_for(model).hf_names(model)}
+
+
+def _module(name: HFName) -> str:
+    return name.hf.rsplit(".", 1)[0]
+
+
+def _entries(plan: Plan, names: Mapping[tuple[TreePath, int | None], HFName]) -> list[Entry]:
+    entries = []
+    for placement in plan.placements:
+        for index, rank in enumerate(ranks(placement)):
+            if rank:
+                entries += _lora_entries(placement, index, rank, names)
+    adapted = {placement.site.path for placement in plan.placements}
+    for leaf in plan.full:
+        # a parameter that is both trained whole and adapted is its adapter's base layer
+        middle = f"{BASE_LAYER}." if leaf.path[:-1] in adapted else "."
+        for index in range(leaf.lead[0]) if leaf.lead else (None,):
+            hf = names[leaf.path, index]
+            name = f"{PREFIX}{_module(hf)}{middle}{hf.hf.rsplit('.', 1)[1]}"
+            shape = tuple(leaf.shape[len(leaf.lead) :])
+            entries.append(Entry(name, (FULL, *leaf.path), index, shape, hf.transpose))
+    return entries
+
+
+def _lora_entries(
+    placement: Placement,
+    index: int,
+    rank: int,
+    names: Mapping[tuple[TreePath, int | None], HFName],
+) -> list[Entry]:
+    site = placement.site
+    layer = index if site.lead else None
+    module = PREFIX + _module(names[site.leaf_path, layer])
+    ends = ("lora_embedding_A", "lora_embedding_B")
+    if site.kind == "dense":
+        ends = ("lora_A.weight", "lora_B.weight")
+    path = (method_of(placement.spec).collection, *site.path)
+    return [
+        Entry(f"{module}.{ends[0]}", (*path, "a"), layer, (site.features_in, rank), True),
+        Entry(f"{module}.{ends[1]}", (*path, "b"), layer, (rank, site.features_out), True),
+    ]
+
+
+def _leaf_shapes(plan: Plan) -> dict[TreePath, tuple[int, ...]]:
+    shapes: dict[TreePath, tuple[int, ...]] = {}
+    for placement in plan.placements:
+        site, width = placement.site, max(ranks(placement))
+        path = (method_of(placement.spec).collection, *site.path)
+        shapes[*path, "a"] = (*site.lead, site.features_in, width)
+        shapes[*path, "b"] = (*site.lead, width, site.features_out)
+    return shapes | {(FULL, *leaf.path): leaf.shape for leaf in plan.full}
+
+
+def _open(folder: Path) -> TensorReader:
+    kinds = {WEIGHTS_FILE: SafetensorsFile, "adapter_model.bin": TorchFile}
+    for file, kind in kinds.items():
+        if (folder / file).exists():
+            try:
+                return kind(folder / file)
+            except CheckpointError as error:
+                raise AdapterFileError(str(error)) from error
+    raise AdapterFileError(f"{folder} holds neither {' nor '.join(kinds)}")
+
+
+def _spec(
+    config: Mapping[str, Any], survey: Survey, model: nn.Module, reader: TensorReader
+) -> LoRA:
+    sites = [name for site in survey.sites for name in site.names]
+    modules = {name for leaf in survey.leaves for name in leaf.names}
+    parents = {".".join(n.split(".")[:i]) for n in modules for i in range(1, n.count(".") + 2)}
+    saved = list(config.get("modules_to_save") or ())
+    embedding = next((site.names[0] for site in survey.sites if site.attended), None)
+    if embedding is not None:
+        loose = [s for s in saved if embedding.endswith(s) or OUTPUT_HEAD.endswith(s)]
+        if loose and not config.get("ensure_weight_tying"):
+            raise AdapterFileError(
+                f"modules_to_save={saved!r} with ensure_weight_tying=false gives the output head "
+                "weights apart from the embedding, but this model ties them: untie the base first"
+            )
+        if loose:
+            saved = [s for s in saved if s not in loose] + [embedding]
+        elif config.get("ensure_weight_tying"):
+            raise AdapterFileError(
+                "ensure_weight_tying=true with an adapted embedding also adapts the tied output "
+                "head, which is not supported; accepted: false"
+            )
+    return read_spec({**config, "modules_to_save": saved}, sites, sorted(parents))
+
+
+def _tied_embedding(plan: Plan, model: nn.Module) -> TreePath | None:
+    """Path of the embedding that the plan trains whole and the model also uses as its head."""
+    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        return None
+    return next((leaf.path for leaf in plan.full if leaf.path[-1] == "embedding"), None)
+
+
+def _tied_copies(
+    config: Mapping[str, Any], plan: Plan, model: nn.Module, reader: TensorReader
+) -> set[str]:
+    """The head's copy of a tied embedding, which says nothing of its own; it must be equal."""
+    head = f"{PREFIX}{OUTPUT_HEAD}.weight"
+    tied = _tied_embedding(plan, model)
+    if tied is None or head not in reader.names():
+        return set()
+    embedding = f"{PREFIX}{'.'.join(tied[:-1])}.weight"
+    if embedding in reader.names() and not np.array_equal(
+        reader.read(head), reader.read(embedding)
+    ):
+        raise AdapterFileError(f"{reader.where(head)}: {head} differs from {embedding}, its tie")
+    return {head}
+
+
+def _check(entries: list[Entry], given: set[str], reader: TensorReader) -> None:
+    expected = {entry.name: entry for entry in entries}
+    where = reader.where(next(iter(reader.names()), ""))
+    for what, names in (
+        ("lacks", expected.keys() - given),
+        ("has surplus", given - expected.keys()),
+    ):
+        if names:
+            shown = ", ".join(sorted(names)[:3])
+            raise AdapterFileError(f"{where} {what} {len(names)} tensors for this model: {shown}")
+    for name, entry in expected.items():
+        shape = reader.info(name).shape
+        if tuple(shape) != entry.stored_shape:
+            raise AdapterFileError(
+                f"{where}: {name} has shape {tuple(shape)}, expected {entry.stored_shape}"
+            )
+
+
+def _take_base_weights(
+    plan: Plan,
+    flat: dict[TreePath, np.ndarray],
+    bases: Mapping[str, str],
+    reader: TensorReader,
+    names: Mapping[tuple[TreePath, int | None], HFName],
+    survey: Survey,
+    params: Params,
+) -> Plan:
+    """Put base weights that the file brings, and that are not the model's own, into ``full``."""
+    by_hf = {name.hf: name for name in names.values()}
+    leaves = {leaf.path: leaf for leaf in survey.leaves}
+    base = flatten(params)
+    added = []
+    for stored, plain in bases.items():
+        hf = by_hf.get(plain.removeprefix(PREFIX))
+        if hf is None:
+            raise AdapterFileError(f"{reader.where(stored)}: {stored} is no weight of this model")
+        leaf, path = base[hf.path], (FULL, *hf.path)
+        value = reader.read(stored)
+        value = value.T if hf.transpose else value
+        place = () if hf.index is None else (hf.index,)
+        if path not in flat:
+            own = dense(leaf)
+            same = not isinstance(leaf, QTensor) and np.array_equal(
+                np.asarray(own[place]), value.astype(own.dtype)
+            )
+            if same:
+                continue
+            flat[path] = np.array(own, np.float32)
+            added.append(leaves[hf.path])
+        flat[path][place] = value.astype(np.float32)
+    return dataclasses.replace(plan, full=(*plan.full, *added))

@@ -1,0 +1,47 @@
+"""Stored tensors converted on the device and put into their leaves in place."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from jqlora.io.readers import TensorReader
+from jqlora.quant import BlockQuant, quantize_rows
+
+
+@dataclass(frozen=True)
+class Converter:
+    """From a stored tensor to what its leaf holds; hashable, so it is static under ``jit``."""
+
+    dtype: str
+    transpose: bool = False
+    spec: BlockQuant | None = None
+
+    def __call__(self, raw: jax.Array) -> Any:
+        array = raw.astype(self.dtype)
+        if self.spec is not None:
+            return quantize_rows(array, self.spec)
+        return array.T if self.transpose else array
+
+
+def read_float(reader: TensorReader, name: str) -> np.ndarray:
+    """The tensor on the host, in a dtype that JAX holds without 64-bit mode."""
+    array = reader.read(name)
+    return array.astype(np.float32) if array.dtype == np.float64 else array
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def convert(value: Any, how: Converter | None) -> Any:
+    """One stored tensor, converted on the device; as it is if ``how`` is None."""
+    return value if how is None else how(value)
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
+def fill(stack: Any, value: Any, index: jax.Array, how: Converter | None) -> Any:
+    """``stack`` [L, ...], in the same memory, with its layer ``index`` replaced by the tensor."""
+    item = value if how is None else how(value)
+    return jax.tree.map(
+        lambda s, t: jax.lax.dynamic_update_index_in_dim(s, t, index, 0), stack, item
+    )
