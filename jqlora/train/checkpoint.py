@@ -33,6 +33,11 @@ class Checkpoints:
         self.keep = keep
         self.say = say
 
+    def clean(self) -> None:
+        """Remove what saves that were killed left behind."""
+        for path in self.directory.glob(".*"):
+            shutil.rmtree(path, ignore_errors=True)
+
     def steps(self) -> list[int]:
         """Steps at which a directory stands, oldest first; what it holds is not looked at."""
         if not self.directory.is_dir():

@@ -6,20 +6,19 @@ from contextlib import contextmanager
 
 
 class Clock:
-    """Seconds spent training: neither the first call, which compiles, nor evaluating or saving."""
+    """Seconds spent training: neither the first call, which compiles, nor evaluating or saving.
 
-    def __init__(self) -> None:
+    ``seconds`` goes on from ``before``, what earlier processes of the same run spent.
+    """
+
+    def __init__(self, before: float = 0.0) -> None:
         self.compile_seconds = 0.0
-        self.seconds = 0.0
-        self._tokens = 0
+        self.seconds = before
         self._last: float | None = None
-
-    @property
-    def mean_rate(self) -> float:
-        return self._tokens / self.seconds if self.seconds else 0.0
 
     @contextmanager
     def first_call(self) -> Iterator[None]:
+        """Around each call of the step: the first one compiles, and starts the clock."""
         begin = time.perf_counter()
         yield
         if self._last is None:
@@ -32,10 +31,10 @@ class Clock:
         elapsed = now - (self._last or now)
         self._last = now
         self.seconds += elapsed
-        self._tokens += tokens
         return tokens / elapsed if elapsed else 0.0
 
     @contextmanager
     def paused(self) -> Iterator[None]:
+        """Around what is not training."""
         yield
         self._last = time.perf_counter()

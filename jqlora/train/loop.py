@@ -17,7 +17,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jqlora.errors import NonFiniteLoss
 from jqlora.io.atomic import atomic_write_bytes
@@ -57,7 +60,6 @@ class Fit:
     signal: str | None
     compile_seconds: float
     train_seconds: float
-    tokens_per_second: float
 
 
 def fit(
@@ -68,14 +70,17 @@ def fit(
     batches: ResumableBatches,
     total_steps: int,
     every: Every,
-    schedule: Callable[[int], float],
+    schedule: optax.Schedule,
     checkpoints: Checkpoints,
     log: MetricsLog,
     progress: Progress,
     evaluate: Callable[[Adapters], Mapping[str, Evaluation]] | None = None,
     bad_batch: Path,
+    seconds_before: float = 0.0,
 ) -> Fit:
     """Train from ``state.step`` to ``total_steps``; ``state`` is donated.
+
+    ``seconds_before`` is the time that the steps made before took.
 
     A checkpoint is always made at the last step, and at the step in which SIGINT or SIGTERM came
     (a second SIGINT stops at once). ``evaluate(adapters)`` returns named evaluations, each a row of
@@ -84,7 +89,7 @@ def fit(
     Raises NonFiniteLoss when loss or gradient norm is NaN or infinite, after saving the batch to
     ``bad_batch`` (npz); checkpoints stay as they were. Raises SaveError when the disk is full.
     """
-    clock = Clock()
+    clock = Clock(seconds_before)
     pending: tuple[int, Batch, Metrics] | None = None
 
     def settle() -> None:
@@ -98,7 +103,8 @@ def fit(
             _stop_at(number, values, batch, bad_batch)
         rate = clock.step(int((np.asarray(batch["segment_ids"]) > 0).sum()))
         row: Row = {"step": number, "kind": "train", **values, "tokens": int(values["tokens"])}
-        row["learning_rate"] = float(schedule(number - 1))
+        with jax.numpy_dtype_promotion("standard"):
+            row["learning_rate"] = float(jnp.asarray(schedule(number - 1)))
         row |= {"tokens_per_second": round(rate, 1), "seconds": round(clock.seconds, 3)}
         due = _due(number, every.log, total_steps)
         progress.step(row, log=due)
@@ -129,7 +135,6 @@ def fit(
         signal=caught[0] if caught and int(state.step) < total_steps else None,
         compile_seconds=clock.compile_seconds,
         train_seconds=clock.seconds,
-        tokens_per_second=clock.mean_rate,
     )
 
 

@@ -15,11 +15,12 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jqlora.types import Variables
 
-Batch = Mapping[str, jax.Array]
+Batch = Mapping[str, jax.Array | np.ndarray]
 
 
 def next_tokens(batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -1,0 +1,100 @@
+"""What several commands have in common."""
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jqlora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from jqlora.config import RunConfig
+    from jqlora.quant import BlockQuant
+    from jqlora.run import Outcome
+
+SCHEMES = ("nf4", "nf4-dq", "fp4", "fp4-dq")
+
+
+def config_of(words: Sequence[str]) -> "RunConfig":
+    """The config that a command line's files and ``key=value`` words describe."""
+    from jqlora.config import read_config
+
+    overrides = [word for word in words if "=" in word and not Path(word).exists()]
+    files = [word for word in words if word not in overrides]
+    if not files:
+        raise ConfigError(f"no config file among {' '.join(words)!r}: name one, then overrides")
+    return read_config(files, overrides)
+
+
+def finish(outcome: "Outcome") -> int:
+    """Say how a run ended; returns the exit status."""
+    if outcome.signal is not None:
+        say(f"stopped by {outcome.signal}; go on with: jqlora resume {outcome.directory}")
+        return 128 + signal.Signals[outcome.signal]
+    summary = outcome.summary or {}
+    for name, label in (("heldout", "held-out loss"), ("general", "general answers' loss")):
+        if name in summary:
+            before, after = summary[name]["before"]["loss"], summary[name]["after"]["loss"]
+            say(f"{label} {before:.4f} -> {after:.4f}")
+    say(f"adapter  {outcome.directory / 'adapter'}")
+    say(f"report   {outcome.directory / 'report.html'}")
+    return 0
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """MODEL, ``--adapter``, ``--quantize`` and ``--dtype``."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="hub id, Hugging Face directory, .gguf file, or package:NAME",
+    )
+    parser.add_argument("--adapter", metavar="DIR", help="an adapter in PEFT's format")
+    parser.add_argument(
+        "--quantize", choices=SCHEMES, help="store the base in 4 bits (dq: double quantization)"
+    )
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the computation; auto is float32 on CPUs, else bfloat16",
+    )
+
+
+def quantization(name: str | None, block: int = 64) -> "BlockQuant | None":
+    """The storage spec that ``--quantize`` names."""
+    from jqlora.config import QuantizeConfig
+    from jqlora.run import choices
+
+    if name is None:
+        return None
+    scheme, _, nested = name.partition("-")
+    config = QuantizeConfig(scheme=scheme, block=block, double_quant=bool(nested))  # type: ignore[arg-type]
+    return choices.quantization(config)
+
+
+def open_model(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any], Any]:
+    """``(model, apply, variables, tokenizer)`` for :func:`add_model_arguments`."""
+    from jqlora.attach import bind
+    from jqlora.config import ModelConfig
+    from jqlora.io import load, load_tokenizer
+    from jqlora.io.peft import load_adapter
+    from jqlora.run import choices
+    from jqlora.run.loading import LoadingBar
+
+    dtype = choices.compute_dtype(ModelConfig(source=args.model, dtype=args.dtype))
+    tokenizer = load_tokenizer(args.model)
+    with LoadingBar(args.model, say) as bar:
+        model, params = load(
+            args.model, quantize=quantization(args.quantize), dtype=dtype, progress=bar
+        )
+    if args.adapter is None:
+        return model, bind(model), {"params": params}, tokenizer
+    plan, adapters = load_adapter(args.adapter, model, params)
+    return model, bind(model, plan), {"params": params, **adapters}, tokenizer
+
+
+def say(text: str) -> None:
+    """Print on stderr: stdout is for what a command was asked for."""
+    print(text, file=sys.stderr, flush=True)

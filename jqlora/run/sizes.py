@@ -1,0 +1,87 @@
+"""What a planned run will hold in memory, from shapes alone: nothing is allocated."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+from jqlora.attach import init, plan
+from jqlora.config import RunConfig
+from jqlora.io.load import describe
+from jqlora.methods import Plan
+from jqlora.quant import footprint
+from jqlora.quant.params import Footprint
+from jqlora.run import choices
+from jqlora.run.data import check_length
+from jqlora.train.usage import readable_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The plan and what base, adapters and optimizer state weigh."""
+
+    plan: Plan
+    base: Footprint
+    adapter_bytes: int
+    optimizer_bytes: int
+
+    @property
+    def base_parameters(self) -> int:
+        return self.base.quantized_params + self.base.other_params
+
+    def lines(self) -> list[str]:
+        """The totals in sentences."""
+        trainable = self.plan.trainable_count
+        share = 100 * trainable / self.base_parameters
+        held = self.base.bytes + self.adapter_bytes + self.optimizer_bytes
+        return [
+            f"base       {self.base}",
+            f"trainable  {trainable:,} of {self.base_parameters:,} parameters ({share:.2f} %)",
+            f"memory     base {readable_bytes(self.base.bytes)} + adapters "
+            f"{readable_bytes(self.adapter_bytes)} + optimizer "
+            f"{readable_bytes(self.optimizer_bytes)} = {readable_bytes(held)}, "
+            "and activations beside them",
+        ]
+
+
+def plan_run(config: RunConfig) -> Sizes:
+    """Plan the config's adapters on its model, of which only the files' headers are read.
+
+    Raises what ``jq.load`` and ``jq.plan`` raise, and DataError for rows longer than the model.
+    """
+    model, params = describe(
+        config.model.source,
+        quantize=choices.quantization(config.model.quantize),
+        dtype=choices.compute_dtype(config.model),
+    )
+    check_length(config, model)
+    planned = plan(model, params, choices.adapter_spec(config.method))
+    adapters = jax.eval_shape(lambda base: init(jax.random.key(0), planned, base), params)
+    tx = choices.optimizer(config.train, config.train.steps or 2**20)
+    return Sizes(
+        plan=planned,
+        base=footprint(params),
+        adapter_bytes=_bytes(adapters),
+        optimizer_bytes=_bytes(jax.eval_shape(tx.init, adapters)),
+    )
+
+
+def table(planned: Plan) -> str:
+    """The plan's sites as aligned text."""
+    rows = planned.table()
+    columns = list(rows[0])
+    cells = [columns] + [[_cell(row[name]) for name in columns] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in cells
+    )
+
+
+def _cell(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,67 @@
+"""``summary.json``: what a run was, what it did, and what it cost."""
+
+import datetime
+import statistics
+from typing import Any
+
+from jqlora.config import RunConfig
+from jqlora.methods import Plan
+from jqlora.quant import footprint
+from jqlora.train.directory import RunDirectory
+from jqlora.train.loop import Fit
+from jqlora.train.metrics import read_metrics
+from jqlora.train.usage import device_peak_bytes, host_peak_bytes, versions
+from jqlora.types import Params
+
+
+def summarize(
+    config: RunConfig,
+    run: RunDirectory,
+    *,
+    plan: Plan,
+    params: Params,
+    fit: Fit,
+    load_seconds: float,
+) -> dict[str, Any]:
+    """All numbers of a finished run; ``heldout`` and ``general`` have ``before`` and ``after``.
+
+    ``tokens_per_second`` is the median over the logged steps and counts every token but padding.
+    ``train_seconds`` has neither compilation nor evaluation nor saving in it; a resumed run adds
+    up, while the other times and the peaks are those of the process that finished it.
+    """
+    base = footprint(params)
+    measured = run.read_before_after()
+    rows = [row for row in read_metrics(run.metrics) if row["kind"] == "train"]
+    losses = {
+        name: {"before": measured["before"][name], "after": measured["after"][name]}
+        for name in measured["before"]
+        if name != "answers"
+    }
+    return {
+        "model": config.model.source,
+        "method": _method(config),
+        "steps": int(fit.state.step),
+        **losses,
+        "final_train_loss": rows[-1]["loss"],
+        "trainable_parameters": plan.trainable_count,
+        "base_parameters": base.quantized_params + base.other_params,
+        "base_bytes": base.bytes,
+        "bits_per_quantized_parameter": round(base.bits_per_quantized_param, 4),
+        "adapter": str(run.adapter),
+        "adapter_bytes": sum(p.stat().st_size for p in run.adapter.glob("*.safetensors")),
+        "tokens_per_second": round(statistics.median(row["tokens_per_second"] for row in rows), 1),
+        "learnt_tokens_per_step": round(sum(row["tokens"] for row in rows) / len(rows), 1),
+        "load_seconds": round(load_seconds, 2),
+        "compile_seconds": round(fit.compile_seconds, 2),
+        "train_seconds": round(fit.train_seconds, 2),
+        "peak_host_bytes": host_peak_bytes(),
+        "peak_device_bytes": device_peak_bytes(),
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+    }
+
+
+def _method(config: RunConfig) -> str:
+    method, quantize = config.method, config.model.quantize
+    stored = "" if quantize is None else f"{quantize.scheme.upper()} base, "
+    return f"{stored}{method.name} rank {method.rank}, alpha {method.alpha:g}"

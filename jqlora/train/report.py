@@ -1,0 +1,93 @@
+"""``report.html``: one file without links, made from what the run directory holds."""
+
+import base64
+import json
+from importlib import resources
+from typing import Any
+
+import jinja2
+
+from jqlora.io.atomic import atomic_write_text
+from jqlora.train.directory import RunDirectory
+from jqlora.train.metrics import read_metrics
+from jqlora.train.plots import PLOTS, draw_plots
+from jqlora.train.usage import readable_bytes
+
+
+def write_report(run: RunDirectory, summary: dict[str, Any]) -> None:
+    """Draw the plots and write the report of a finished run."""
+    rows = read_metrics(run.metrics)
+    images = draw_plots(rows, run.plots)
+    measured = run.read_before_after()
+    page = _template().render(
+        title=run.path.resolve().name,
+        summary=summary,
+        facts=facts(summary),
+        losses=losses(measured),
+        answers=answers(measured),
+        plots={name: base64.b64encode(images[name].read_bytes()).decode() for name in PLOTS},
+        config=run.config.read_text(),
+        summary_json=json.dumps(summary, indent=2, ensure_ascii=False),
+    )
+    atomic_write_text(run.report, page)
+
+
+def losses(measured: dict[str, Any]) -> list[dict[str, Any]]:
+    """One line for each evaluation: its name, and loss and perplexity before and after."""
+    names = {"heldout": "held-out records", "general": "general answers"}
+    return [
+        {
+            "name": names.get(kind, kind),
+            "before": measured["before"][kind],
+            "after": measured["after"][kind],
+        }
+        for kind in measured["before"]
+        if kind != "answers"
+    ]
+
+
+def answers(measured: dict[str, Any]) -> list[dict[str, str]]:
+    """Each prompt with the model's answer before and after training."""
+    before, after = measured["before"]["answers"], measured["after"]["answers"]
+    return [
+        {"prompt": old["prompt"], "before": old["answer"], "after": new["answer"]}
+        for old, new in zip(before, after, strict=True)
+    ]
+
+
+def facts(summary: dict[str, Any]) -> dict[str, str]:
+    """The summary's numbers in words, for the table at the top."""
+    device = summary["peak_device_bytes"]
+    return {
+        "model": summary["model"],
+        "trainable parameters": (
+            f"{summary['trainable_parameters']:,} of {summary['base_parameters']:,} "
+            f"({100 * summary['trainable_parameters'] / summary['base_parameters']:.2f} %)"
+        ),
+        "base weights": (
+            f"{readable_bytes(summary['base_bytes'])}, "
+            f"{summary['bits_per_quantized_parameter']:.3f} bits per quantized parameter"
+            if summary["bits_per_quantized_parameter"]
+            else f"{readable_bytes(summary['base_bytes'])}, not quantized"
+        ),
+        "adapter file": readable_bytes(summary["adapter_bytes"]),
+        "steps": (
+            f"{summary['steps']}, {summary['learnt_tokens_per_step']:.0f} learnt tokens each "
+            "on average"
+        ),
+        "speed": f"{summary['tokens_per_second']:.0f} tokens per second",
+        "time": (
+            f"load {summary['load_seconds']:.0f} s, compile {summary['compile_seconds']:.0f} s, "
+            f"train {summary['train_seconds']:.0f} s"
+        ),
+        "peak memory": f"host {readable_bytes(summary['peak_host_bytes'])}"
+        + ("" if device is None else f", device {readable_bytes(device)}"),
+        "versions": ", ".join(f"{k} {v}" for k, v in summary["versions"].items()),
+    }
+
+
+def _template() -> jinja2.Template:
+    text = resources.files("jqlora.train").joinpath("report.html.jinja").read_text()
+    return jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    ).from_string(text)
