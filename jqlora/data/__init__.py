@@ -9,9 +9,10 @@ loader = make_loader(examples, length=512, batch_size=8, epochs=3)
 from jqlora.data.encode import EncodeReport, encode, encode_all
 from jqlora.data.packing import Batch, Rows, pack, pad
 from jqlora.data.pipeline import Loader, make_loader
+from jqlora.data.questions import answer, question, says
 from jqlora.data.records import Message, Record, parse_record
 from jqlora.data.sources import read_records
-from jqlora.data.split import hold_out, question, shared_questions
+from jqlora.data.split import hold_out, shared_questions
 from jqlora.data.template import Template
 from jqlora.data.tokenize import Example, encode_prompt
 
@@ -24,6 +25,7 @@ __all__ = [
     "Record",
     "Rows",
     "Template",
+    "answer",
     "encode",
     "encode_all",
     "encode_prompt",
@@ -34,5 +36,6 @@ __all__ = [
     "parse_record",
     "question",
     "read_records",
+    "says",
     "shared_questions",
 ]

@@ -5,29 +5,13 @@ held-out loss measure memory. So records are grouped by their question, compared
 punctuation and spacing, and whole groups are held out.
 """
 
-import unicodedata
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from jqlora.data.questions import normalize, question
 from jqlora.data.records import Record
 from jqlora.errors import DataError
-
-
-def question(record: Record) -> str:
-    """What a record asks: its first user turn, its prompt with its context, or its whole text."""
-    if record.kind == "messages":
-        return next((m.content for m in record.messages if m.role == "user"), "")
-    if record.kind == "text":
-        return record.text
-    return f"{record.prompt}\n{record.context}"
-
-
-def normalize(text: str) -> str:
-    """Lower-case words of a text, one space apart, without punctuation or accents' composition."""
-    text = unicodedata.normalize("NFKC", text).casefold()
-    words = "".join(c if c.isalnum() else " " for c in text).split()
-    return " ".join(words) or text.strip()
 
 
 def hold_out(
