@@ -62,7 +62,9 @@ class Record:
 
     messages: ``messages``. alpaca: ``prompt`` (the instruction), ``context`` (the input, maybe
     empty), ``completion``. prompt-completion: ``prompt``, ``completion``. text: ``text``.
-    ``origin`` is ``file:line`` (a row number for Parquet and ``datasets``).
+    ``origin`` is ``file:line`` (a row number for Parquet and ``datasets``). ``expect`` comes from a
+    field of that name beside any format: the word that a right answer contains, for measuring
+    generated answers. It is never trained on.
     """
 
     kind: Kind
@@ -72,6 +74,7 @@ class Record:
     context: str = ""
     completion: str = ""
     text: str = ""
+    expect: str = ""
 
 
 def parse_record(row: Any, origin: str) -> Record:
@@ -83,6 +86,11 @@ def parse_record(row: Any, origin: str) -> Record:
     if not isinstance(row, Mapping):
         raise DataError(f"{origin}: expected an object with named fields, found {_show(row)}")
     row = {name: value for name, value in row.items() if value is not None}
+    expect = _text(row, "expect", origin) if "expect" in row else ""
+    return dataclasses.replace(_parse(row, origin), expect=expect)
+
+
+def _parse(row: Mapping[str, Any], origin: str) -> Record:
     for turns in ("messages", "conversations"):
         if turns in row:
             messages = _messages(row[turns], f"{origin}: {turns}")

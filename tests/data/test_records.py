@@ -56,6 +56,11 @@ def test_plain_text_is_recognized_last():
     assert (record.kind, record.text) == ("text", "T")
 
 
+def test_what_a_right_answer_contains_may_stand_beside_any_format():
+    assert parse_record({"prompt": "P", "completion": "C", "expect": "C"}, "f:1").expect == "C"
+    assert parse_record({"messages": CHAT, "expect": "A"}, "f:1").expect == "A"
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
