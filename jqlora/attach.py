@@ -56,8 +56,13 @@ def plan(
     :class:`UnsupportedSite` where a matched module or its rank cannot be served.
     """
     survey = inspect_model(model, params, *args, **kwargs)
-    quantized = {path for path, leaf in flatten(params).items() if isinstance(leaf, QTensor)}
-    return assemble(spec if isinstance(spec, list | tuple) else (spec,), survey, quantized)
+    specs = spec if isinstance(spec, list | tuple) else (spec,)
+    return assemble(specs, survey, quantized_paths(params))
+
+
+def quantized_paths(params: Params) -> set[Path]:
+    """Paths of the leaves that are stored as codes."""
+    return {path for path, leaf in flatten(params).items() if isinstance(leaf, QTensor)}
 
 
 def inspect_model(model: nn.Module, params: Params, *args: Any, **kwargs: Any) -> Survey:

@@ -24,6 +24,7 @@ def merge(plan: Plan, params: Params, adapters: Adapters) -> dict[str, Any]:
     Raises :class:`MergeError` where a method's term is no matrix, and for an adapter on an
     embedding that is the output head as well.
     """
+    check_mergeable(plan)
     flat = {path: dense(leaf) for path, leaf in override(params, adapters.get(FULL, {})).items()}
     for placement in plan.placements:
         path = placement.site.leaf_path
@@ -31,18 +32,30 @@ def merge(plan: Plan, params: Params, adapters: Adapters) -> dict[str, Any]:
     return unflatten(flat)
 
 
-def delta(placement: Placement, adapters: Adapters) -> jax.Array:
-    """ΔW of one site, fp32 ``[*lead, K, N]``; raises as :func:`merge` does."""
+def check_mergeable(plan: Plan) -> None:
+    """Raise :class:`MergeError` for an adapter on an embedding that is the output head as well."""
+    for site in plan.sites:
+        if site.attended:
+            raise MergeError(
+                f"{site.names[0]} is also the output head (tied embeddings), and its adapter "
+                "serves the input only: merged, it would change the head. Keep it unmerged, or "
+                f"exclude {site.path[-1]} from the targets"
+            )
+
+
+def delta(placement: Placement, adapters: Adapters, layer: int | None = None) -> jax.Array:
+    """ΔW of one site, fp32 ``[*lead, K, N]``, or of one of its layers ``[K, N]``.
+
+    Raises :class:`MergeError` where a method's term is no matrix.
+    """
     site, method = placement.site, method_of(placement.spec)
-    if site.attended:
-        raise MergeError(
-            f"{site.names[0]} is also the output head (tied embeddings), and its adapter serves "
-            "the input only: merged, it would change the head. Keep it unmerged, or exclude "
-            f"{site.path[-1]} from the targets"
-        )
     leaves: Any = adapters[method.collection]
     for name in site.path:
         leaves = leaves[name]
+    if layer is not None and site.lead:
+        depth = len(site.lead)
+        leaves = {n: v.reshape(-1, *v.shape[depth:])[layer] for n, v in leaves.items()}
+        placement = placement.layer(layer)
     added = method.delta(leaves, placement)
     if added is None:
         raise MergeError(

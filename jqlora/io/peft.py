@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
@@ -32,7 +33,6 @@ from jqlora.methods import FULL, LoRA, Placement, Plan, assemble, method_of
 from jqlora.methods.lora import ranks
 from jqlora.methods.targeting import OUTPUT_HEAD
 from jqlora.models.families import HFName, family_for
-from jqlora.quant import QTensor
 from jqlora.sites import Survey
 from jqlora.tree import flatten, unflatten
 from jqlora.types import Adapters, Params
@@ -127,7 +127,8 @@ def load_adapter(
     for entry in entries:
         part = reader.read(entry.name).astype(np.float32)
         flat[entry.path][entry.place()] = part.T if entry.transpose else part
-    plan = _take_base_weights(plan, flat, bases, reader, names, survey, params)
+    if bases:
+        plan = _take_base_weights(plan, flat, bases, reader, names, survey, params)
     return plan, unflatten({p: jnp.asarray(leaf) for p, leaf in flat.items()})
 
 
@@ -276,7 +277,7 @@ def _take_base_weights(
     by_hf = {name.hf: name for name in names.values()}
     leaves = {leaf.path: leaf for leaf in survey.leaves}
     base = flatten(params)
-    added = []
+    added: dict[TreePath, Any] = {}
     for stored, plain in bases.items():
         hf = by_hf.get(plain.removeprefix(PREFIX))
         if hf is None:
@@ -286,13 +287,20 @@ def _take_base_weights(
         value = value.T if hf.transpose else value
         place = () if hf.index is None else (hf.index,)
         if path not in flat:
-            own = dense(leaf)
-            same = not isinstance(leaf, QTensor) and np.array_equal(
-                np.asarray(own[place]), value.astype(own.dtype)
-            )
-            if same:
+            if isinstance(leaf, jax.Array) and np.array_equal(
+                leaf[place], value.astype(leaf.dtype)
+            ):
                 continue
-            flat[path] = np.array(own, np.float32)
-            added.append(leaves[hf.path])
+            flat[path] = _values(leaf, reader.where(stored), stored)
+            added[hf.path] = leaves[hf.path]
         flat[path][place] = value.astype(np.float32)
-    return dataclasses.replace(plan, full=(*plan.full, *added))
+    return dataclasses.replace(plan, full=(*plan.full, *added.values()))
+
+
+def _values(leaf: Any, where: str, name: str) -> np.ndarray:
+    """What a leaf holds, fp32, as a copy; of an abstract one without lead axes nothing is needed."""
+    if all(isinstance(part, jax.Array) for part in jax.tree.leaves(leaf)):
+        return np.array(dense(leaf), np.float32)
+    if leaf.ndim > 2:
+        raise AdapterFileError(f"{where}: {name} is one layer of a stack whose others are unknown")
+    return np.zeros(leaf.shape, np.float32)

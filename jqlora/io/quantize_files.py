@@ -72,10 +72,10 @@ def quantize_checkpoint(
     specs = {hf: leaf.spec for hf, leaf in leaves.items() if isinstance(leaf, QTensor)}
     if not specs:
         raise ConfigError(f"skip={skip} leaves no matrix to quantize in {found.label}")
-    config = _config(checkpoint, model, name)
+    config = config_of(checkpoint, model, name)
     config["quantization_config"] = quantization_config(specs, layout.tensors, name)
     with atomic_directory(out) as folder:
-        _write_companions(found, config, folder)  # first: they are quick to fail
+        write_companions(found, config, folder)  # first: they are quick to fail
         groups = [_group(checkpoint, item, leaves[item.hf], name) for item in layout.tensors]
         write_weights(folder, groups, max_shard_bytes=max_shard_bytes, progress=progress)
         atomic_write_json(folder / "config.json", config)
@@ -95,7 +95,7 @@ def _group(checkpoint: Checkpoint, item: HFName, leaf: Any, dtype: str) -> Group
     return Group({item.hf: info}, lambda: {item.hf: reader.read(item.hf).astype(info.dtype)})
 
 
-def _config(checkpoint: Checkpoint, model: Any, dtype: str) -> dict[str, Any]:
+def config_of(checkpoint: Checkpoint, model: Any, dtype: str) -> dict[str, Any]:
     """The source's own config where it has one: it may say more than a module needs."""
     if checkpoint.source.kind == "gguf":
         return model.config.to_hf("old")
@@ -103,7 +103,8 @@ def _config(checkpoint: Checkpoint, model: Any, dtype: str) -> dict[str, Any]:
     return {**checkpoint.config, key: dtype}
 
 
-def _write_companions(source: Source, config: dict[str, Any], folder: Path) -> None:
+def write_companions(source: Source, config: dict[str, Any], folder: Path) -> None:
+    """Tokenizer and generation config: copied, or made from a GGUF file's metadata."""
     if source.kind == "gguf":
         load_tokenizer(source).save_pretrained(folder)
         atomic_write_json(folder / "generation_config.json", generation_config(config))

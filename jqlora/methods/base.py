@@ -48,6 +48,11 @@ class Placement:
             name for name, served in zip(self.site.names, self.layers, strict=True) if served
         )
 
+    def layer(self, index: int) -> "Placement":
+        """The same for one layer (row-major over ``site.lead``), as if its module stood alone."""
+        site = dataclasses.replace(self.site, lead=(), template=self.site.names[index])
+        return Placement(site, self.spec, (self.layers[index],))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
