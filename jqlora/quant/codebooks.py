@@ -64,8 +64,8 @@ def dynamic_map() -> np.ndarray:
     """The signed 8-bit dynamic data type: fp32 [256], ascending, 0 at code 127 and 1 at code 255.
 
     Decade ``10^(i-6)`` for i = 0 ... 6 holds ``2^i`` values of either sign: the midpoints of as
-    many equal steps from 0.1 to 1. Zero and one complete the 256 (Dettmers 2015, arXiv 1511.04561; the
-    scales of double quantization are stored in it, QLoRA §3).
+    many equal steps from 0.1 to 1. Zero and one complete the 256 (Dettmers 2015, arXiv 1511.04561).
+    It stores the scales of double quantization (QLoRA §3).
     """
     values = [FLOAT(0), FLOAT(1)]
     for exponent in range(DYNAMIC_EXPONENTS):

@@ -20,7 +20,8 @@ from jqlora_kernels.scales import GROUP, Nested
 class NestedScales:
     """Second-level scales: scale i is ``dynamic_map()[code] * absmax[i // 256] + offset``.
 
-    i counts the scales of one matrix. ``absmax`` f32 [*lead, groups]; ``offset`` f32 [*lead], the mean that was taken off before.
+    i counts the scales of one matrix. ``absmax`` f32 [*lead, groups]; ``offset`` f32 [*lead], the
+    mean that was taken off before.
     """
 
     absmax: jax.Array
@@ -33,9 +34,9 @@ class QTensor:
 
     Invariants:
 
-    * It stands for ``W[n, k] = codebook[code[n, k]] * scale[block of (n, k)]``, computed in fp32 and
-      rounded to ``dtype``, and for the kernel that is its transpose. W, (out, in), is what is stored,
-      as in bitsandbytes and Hugging Face files, so that codes move between them as they are.
+    * It stands for ``W[n, k] = codebook[code[n, k]] * scale[block of (n, k)]``, computed in fp32,
+      rounded to ``dtype``, and for the kernel that is its transpose. Stored is W, (out, in), as in
+      bitsandbytes and Hugging Face files, so that codes move between them as they are.
     * Blocks run over W in row-major order. If they end with the rows (K a multiple of ``block``),
       (rows, columns) is (N, K); if not, it is (1, N*K).
     * ``codes`` is uint8 [*lead, rows, ceil(columns/2)], element 2j in the high nibble of byte j.

@@ -26,8 +26,9 @@ def run(
     """Calls the first backend that does not refuse and returns its result.
 
     ``requested`` (an argument) goes before the environment variable ``JQLORA_KERNELS``, which goes
-    before the platform's own order. Raises ``ValueError`` for an unknown name, the refusal of a
-    backend asked for by name, and an ``ExceptionGroup`` of all refusals when none serves.
+    before the platform's own order; all are read when a function is traced. Raises ``ValueError``
+    for an unknown name, the refusal of a backend asked for by name, and an ``ExceptionGroup`` of
+    all refusals when none serves.
     """
     source = "backend="
     if requested is None:

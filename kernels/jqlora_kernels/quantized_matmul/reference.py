@@ -3,9 +3,9 @@
 The matrix is stored by output rows, (N, K), and both products contract it where it lies:
 ``y = x @ W.T`` over K and ``dx = g @ W`` over N, so that no transposed copy is ever made.
 
-Decoding need not put the two nibbles of a byte side by side. It writes all high nibbles (the even
-columns) and then all low ones, and takes ``x`` in the same order; contracting over permuted columns
-changes nothing but the order of summation, and halves the time of the decode on a CPU.
+Decoding need not put the two nibbles of a byte side by side: high nibbles are the even columns, low
+nibbles the odd ones, and the product is the sum of two halves. On a CPU that takes a half to a
+quarter of the time that interleaving costs (the decode vectorizes, and no copy joins the halves).
 """
 
 import jax
@@ -35,12 +35,11 @@ def quantized_matmul(
     rounded to ``x.dtype``, products accumulate in fp32.
     """
     codes, scales, nested = decode.select(codes, scales, nested, index)
-    if x.shape[1] % block == 0:
-        weight = even_odd_columns(codes, scales, codebook, nested, block, x.dtype)
-        x = split_columns(x)
-    else:
-        weight = flat_rows(codes, scales, codebook, nested, block, (features, x.shape[1]), x.dtype)
-    return contract(x, weight, 1)
+    if x.shape[1] % block:
+        shape = (features, x.shape[1])
+        return contract(x, flat_rows(codes, scales, codebook, nested, block, shape, x.dtype), 1)
+    even, odd = even_odd_columns(codes, scales, codebook, nested, block, x.dtype)
+    return (product(x[:, 0::2], even, 1) + product(x[:, 1::2], odd, 1)).astype(x.dtype)
 
 
 def transposed(
@@ -61,19 +60,23 @@ def transposed(
     """
     codes, scales, nested = decode.select(codes, scales, nested, index)
     codes, g = lax.optimization_barrier((codes, g))
-    if features % block == 0:
-        weight = even_odd_columns(codes, scales, codebook, nested, block, g.dtype)
-        return join_columns(contract(g, weight, 0))
-    shape = (g.shape[1], features)
-    return contract(g, flat_rows(codes, scales, codebook, nested, block, shape, g.dtype), 0)
+    if features % block:
+        shape = (g.shape[1], features)
+        return contract(g, flat_rows(codes, scales, codebook, nested, block, shape, g.dtype), 0)
+    pair = even_odd_columns(codes, scales, codebook, nested, block, g.dtype)
+    halves = [contract(g, weight, 0) for weight in pair]
+    return jnp.stack(halves, axis=-1).reshape(g.shape[0], features)
 
 
 def contract(x: jax.Array, weight: jax.Array, axis: int) -> jax.Array:
-    """``x``'s last axis with ``axis`` of the matrix, accumulated in fp32, in ``x.dtype``."""
-    product = lax.dot_general(
-        x, weight, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32
-    )
-    return product.astype(x.dtype)
+    """:func:`product`, rounded to ``x.dtype``."""
+    return product(x, weight, axis).astype(x.dtype)
+
+
+def product(x: jax.Array, weight: jax.Array, axis: int) -> jax.Array:
+    """``x``'s last axis contracted with ``axis`` of the matrix, accumulated and left in fp32."""
+    axes = (((1,), (axis,)), ((), ()))
+    return lax.dot_general(x, weight, axes, preferred_element_type=jnp.float32)
 
 
 def even_odd_columns(
@@ -83,14 +86,13 @@ def even_odd_columns(
     nested: Nested | None,
     block: int,
     dtype: DTypeLike,
-) -> jax.Array:
-    """The decoded matrix [N, K], its even columns first and its odd columns after them."""
+) -> list[jax.Array]:
+    """The even columns of the decoded matrix and its odd columns, [N, K/2] each."""
     per_block = decode_scales(scales, nested)
-    halves = [
+    return [
         decode.scale_blocks(look_up(codebook, nibbles), per_block, block // 2).astype(dtype)
         for nibbles in (codes >> 4, codes & 15)
     ]
-    return jnp.concatenate(halves, axis=1)
 
 
 def flat_rows(
@@ -107,14 +109,3 @@ def flat_rows(
         codes, scales, codebook, nested, block=block, columns=shape[0] * shape[1], dtype=dtype
     )
     return flat.reshape(shape)
-
-
-def split_columns(x: jax.Array) -> jax.Array:
-    """[M, K] with its even columns first."""
-    return jnp.concatenate([x[:, 0::2], x[:, 1::2]], axis=1)
-
-
-def join_columns(x: jax.Array) -> jax.Array:
-    """Inverse of :func:`split_columns`."""
-    rows, columns = x.shape
-    return jnp.stack([x[:, : columns // 2], x[:, columns // 2 :]], axis=-1).reshape(rows, columns)
