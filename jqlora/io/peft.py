@@ -298,7 +298,7 @@ def _take_base_weights(
 
 
 def _values(leaf: Any, where: str, name: str) -> np.ndarray:
-    """What a leaf holds, fp32, as a copy; of an abstract one without lead axes nothing is needed."""
+    """What a leaf holds, fp32, as a copy; zeros for an abstract one that is overwritten whole."""
     if all(isinstance(part, jax.Array) for part in jax.tree.leaves(leaf)):
         return np.array(dense(leaf), np.float32)
     if leaf.ndim > 2:

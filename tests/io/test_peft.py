@@ -1,0 +1,266 @@
+# ruff: noqa: E402
+"""Adapters against the real PEFT, both ways: what it saves we compute, what we save it computes."""
+
+import json
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+import transformers
+from safetensors.numpy import load_file
+
+from jqlora.attach import bind, init, plan
+from jqlora.io import load
+from jqlora.io.merge_files import merge_checkpoint
+from jqlora.io.peft import load_adapter, save_adapter
+from jqlora.io.save import save_pretrained
+from jqlora.merge import merge
+from jqlora.methods import LoRA
+from jqlora.methods.lora import ranks
+from jqlora.tree import flatten, unflatten
+
+pytestmark = pytest.mark.parity
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+FAMILIES = {
+    "llama": (transformers.LlamaConfig, {"tie_word_embeddings": False}),
+    "mistral": (transformers.MistralConfig, {"sliding_window": 6, "tie_word_embeddings": False}),
+    "qwen2": (transformers.Qwen2Config, {"tie_word_embeddings": True}),
+}
+QV = ["q_proj", "v_proj"]
+CASES = {
+    "q and v": {"target_modules": QV},
+    "all linear": {"target_modules": "all-linear"},
+    "a regular expression": {"target_modules": r".*layers\.[02]\.mlp\.(up|down)_proj"},
+    "patterns": {
+        "target_modules": ["q_proj", "up_proj", "down_proj"],
+        "rank_pattern": {r"layers.1.self_attn.q_proj": 5, "up_proj": 2},
+        # PEFT writes keys in alphabetical order, and the first that matches holds
+        "alpha_pattern": {r"^model.layers.0.*": 3, r"layers\.\d.mlp.up_proj": 9},
+    },
+    "rank stabilized": {"target_modules": QV, "use_rslora": True, "r": 7},
+    "some layers": {"target_modules": QV, "layers_to_transform": [0, 2]},
+    "some layers by pattern": {
+        "target_modules": QV,
+        "layers_to_transform": 1,
+        "layers_pattern": "layers",
+    },
+    "exclusions": {"target_modules": QV, "exclude_modules": ["layers.1.self_attn.q_proj"]},
+    "norms trained whole": {"target_modules": QV, "modules_to_save": ["norm"]},
+    "projections trained whole": {"target_modules": ["q_proj"], "modules_to_save": ["v_proj"]},
+    "gaussian": {"target_modules": QV, "init_lora_weights": "gaussian"},
+}
+UNTIED = {
+    "the head": {"target_modules": ["lm_head", "q_proj"]},
+    "the embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "embedding and head whole": {
+        "target_modules": QV,
+        "modules_to_save": ["embed_tokens", "lm_head"],
+    },
+}
+TIED = {
+    "the embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "the embedding trained whole": {
+        "target_modules": QV,
+        "modules_to_save": ["embed_tokens"],
+        "ensure_weight_tying": True,
+    },
+}
+ALL = [
+    *(pytest.param("llama", case, True, id=f"llama, {name}") for name, case in CASES.items()),
+    *(pytest.param("llama", case, True, id=f"llama, {name}") for name, case in UNTIED.items()),
+    *(pytest.param("qwen2", case, True, id=f"qwen2, {name}") for name, case in TIED.items()),
+    *(
+        pytest.param(family, CASES[name], scan, id=f"{family}, {name}")
+        for family, scan in (("mistral", True), ("qwen2", False))
+        for name in ("patterns", "projections trained whole")
+    ),
+]
+IDS = np.arange(22).reshape(2, 11) * 7 % 64
+
+
+@pytest.fixture(autouse=True)
+def _silence():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """One tiny random checkpoint of each family; biases and norms are not left at their zeros."""
+    folders = {}
+    for name, (config, extra) in FAMILIES.items():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config(**SMALL, **extra))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(0, 0.2 if parameter.ndim > 1 else 0.5)
+        folders[name] = str(tmp_path_factory.mktemp(name))
+        model.save_pretrained(folders[name])
+    return folders
+
+
+def torch_base(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def torch_adapted(folder, case):
+    """A PEFT model whose every trainable weight is random."""
+    options = {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, **case}
+    model = peft.get_peft_model(torch_base(folder), peft.LoraConfig(**options))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.3)
+    return model.eval()
+
+
+def torch_logits(model):
+    with torch.no_grad():
+        return model(torch.tensor(IDS)).logits.numpy()
+
+
+def logits(model, plan, params, adapters):
+    variables = {"params": params, **adapters}
+    return np.asarray(jax.jit(bind(model, plan))(variables, jnp.asarray(IDS, jnp.int32)).logits)
+
+
+def assert_same_logits(ours, theirs):
+    assert np.abs(ours - theirs).max() <= 1e-4 * np.ptp(theirs)
+
+
+def noisy(plan, adapters):
+    """Random adapters, zero in the padding of unequal ranks."""
+    leaves, treedef = jax.tree.flatten(adapters)
+    keys = jax.random.split(jax.random.key(9), len(leaves))
+    noise = [0.3 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
+    return cropped(plan, jax.tree.unflatten(treedef, noise))
+
+
+def cropped(plan, adapters):
+    flat = flatten(adapters)
+    for placement in plan.placements:
+        kept = np.asarray(ranks(placement)).reshape(placement.site.lead)
+        for name, axis in (("a", -1), ("b", -2)):
+            path = ("lora", *placement.site.path, name)
+            column = np.arange(flat[path].shape[axis])
+            keep = column < kept[..., None]
+            flat[path] = jnp.where(np.expand_dims(keep, -1 if axis == -2 else -2), flat[path], 0)
+    return unflatten(flat)
+
+
+def spec_of(case):
+    """The same case in our words."""
+    names = {
+        "target_modules": "targets",
+        "exclude_modules": "exclude",
+        "use_rslora": "rank_stabilized",
+        "r": "rank",
+        "init_lora_weights": "init",
+    }
+    fields = {names.get(k, k): v for k, v in case.items()}
+    fields.pop("ensure_weight_tying", None)
+    fields.pop("layers_pattern", None)
+    return LoRA(**{"rank": 4, "alpha": 8, **fields})
+
+
+@pytest.mark.parametrize(("family", "case", "scan"), ALL)
+def test_peft_and_this_compute_the_same_from_each_others_files(
+    family, case, scan, checkpoints, tmp_path
+):
+    theirs = torch_adapted(checkpoints[family], case)
+    theirs.save_pretrained(tmp_path / "theirs")
+    expected = torch_logits(theirs)
+    assert np.abs(expected - torch_logits(torch_base(checkpoints[family]))).max() > 0.1
+    model, params = load(checkpoints[family], scan=scan)
+    loaded, adapters = load_adapter(tmp_path / "theirs", model, params)
+    assert_same_logits(logits(model, loaded, params, adapters), expected)
+
+    # our own spec in the same words means the same plan
+    ours = plan(model, params, spec_of(case))
+    assert ours.table() == loaded.table()
+
+    save_adapter(tmp_path / "ours", ours, adapters, model=model)
+    again = peft.PeftModel.from_pretrained(torch_base(checkpoints[family]), tmp_path / "ours")
+    assert_same_logits(torch_logits(again.eval()), expected)
+
+
+QUERIES = LoRA(rank=2, alpha=3, targets=["q_proj"], rank_pattern={"layers.1.self_attn.q_proj": 5})
+SOME_DOWN = LoRA(rank=4, alpha=8, targets=["down_proj"], layers_to_transform=[1, 2])
+THE_REST = LoRA(rank=3, alpha=1)
+
+
+@pytest.mark.parametrize("specs", [[QUERIES, SOME_DOWN], [QUERIES, THE_REST]])
+def test_several_specs_become_one_that_peft_reads(specs, checkpoints, tmp_path):
+    model, params = load(checkpoints["llama"])
+    ours = plan(model, params, specs)
+    adapters = noisy(ours, init(jax.random.key(0), ours))
+    save_adapter(tmp_path / "adapter", ours, adapters, model=model)
+    theirs = peft.PeftModel.from_pretrained(
+        torch_base(checkpoints["llama"]), tmp_path / "adapter"
+    ).eval()
+    assert_same_logits(logits(model, ours, params, adapters), torch_logits(theirs))
+
+
+@pytest.mark.parametrize(
+    ("family", "case"),
+    [
+        ("llama", UNTIED["the embedding"] | {"modules_to_save": ["norm"]}),
+        ("qwen2", CASES["patterns"]),
+    ],
+)
+def test_merged_files_compute_the_same_in_transformers(family, case, checkpoints, tmp_path):
+    theirs = torch_adapted(checkpoints[family], case)
+    theirs.save_pretrained(tmp_path / "adapter")
+    expected = torch_logits(theirs)
+    model, params = load(checkpoints[family])
+    loaded, adapters = load_adapter(tmp_path / "adapter", model, params)
+    save_pretrained(tmp_path / "merged", model, merge(loaded, params, adapters))
+    assert_same_logits(torch_logits(torch_base(tmp_path / "merged")), expected)
+
+    merge_checkpoint(
+        checkpoints[family], tmp_path / "adapter", tmp_path / "sharded", max_shard_bytes=9999
+    )
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    assert_same_logits(torch_logits(torch_base(tmp_path / "sharded")), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_directory_read_and_written_again_holds_the_same(family, checkpoints, tmp_path):
+    case = CASES["patterns"] | {"modules_to_save": ["norm"]}
+    torch_adapted(checkpoints[family], case).save_pretrained(tmp_path / "theirs")
+    model, params = load(checkpoints[family])
+    plan, adapters = load_adapter(tmp_path / "theirs", model, params)
+    save_adapter(
+        tmp_path / "ours", plan, adapters, model=model, base_model_name=checkpoints[family]
+    )
+    theirs, ours = (
+        load_file(tmp_path / side / "adapter_model.safetensors") for side in ("theirs", "ours")
+    )
+    assert theirs.keys() == ours.keys()
+    for name, tensor in theirs.items():
+        np.testing.assert_array_equal(ours[name], tensor)
+    theirs, ours = (
+        json.loads((tmp_path / side / "adapter_config.json").read_text())
+        for side in ("theirs", "ours")
+    )
+    assert theirs.keys() == ours.keys()
+    for field, value in theirs.items():
+        unordered = sorted(value) if field == "target_modules" else value
+        mine = sorted(ours[field]) if field == "target_modules" else ours[field]
+        assert mine == unordered, field
