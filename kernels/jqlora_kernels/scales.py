@@ -4,7 +4,6 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 GROUP = 256
 """How many scales share one second-level scale."""
@@ -16,9 +15,7 @@ Nested: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
 def decode_scales(scales: jax.Array, nested: Nested | None) -> jax.Array:
     """Scales as fp32 [*lead, rows, blocks]: as they are, or ``table[code] * absmax + offset``.
 
-    Groups of 256 run over the flattened (rows, blocks) of each lead element. Product and sum are
-    rounded one after the other, as bitsandbytes does on a CPU; a fused multiply-add would differ in
-    the last bit, hence the barrier between them.
+    Groups of 256 run over the flattened (rows, blocks) of each lead element.
     """
     if nested is None:
         return scales
@@ -28,7 +25,17 @@ def decode_scales(scales: jax.Array, nested: Nested | None) -> jax.Array:
     codes = scales.reshape(*lead, count)
     group_scale = jnp.repeat(absmax, GROUP, axis=-1)
     products = look_up(table, codes) * group_scale[..., :count]
-    return (lax.optimization_barrier(products) + offset[..., None]).reshape(scales.shape)
+    return add_rounded(products, offset[..., None]).reshape(scales.shape)
+
+
+def add_rounded(products: jax.Array, offset: jax.Array) -> jax.Array:
+    """``products + offset``, where a product is rounded before it is added, as in bitsandbytes.
+
+    Compilers fuse a multiplication and an addition into one rounding, on CPUs as on GPUs, and
+    scales would differ from those in the last bit. XLA's barriers do not stop them; a minimum with
+    the largest number does, and changes nothing.
+    """
+    return jnp.minimum(products, jnp.finfo(jnp.float32).max) + offset
 
 
 def look_up(table: jax.Array, codes: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 
-from jqlora_kernels.scales import GROUP, Nested
+from jqlora_kernels.scales import GROUP, Nested, add_rounded
 
 WHOLE = pl.BlockSpec(memory_space=pl.ANY)
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -61,7 +61,8 @@ def load_scales(scales: Any, nested: Refs, layer: jax.Array, block: jax.Array, m
         return stored
     absmax, offset, table = nested
     values = table[stored.astype(jnp.int32)]
-    return values * plt.load(absmax.at[layer, block // GROUP], mask=mask, other=0) + offset[layer]
+    group_scale = plt.load(absmax.at[layer, block // GROUP], mask=mask, other=0)
+    return add_rounded(values * group_scale, offset[layer])
 
 
 def decode(codes: Any, codebook: Any, layer: jax.Array, byte: jax.Array, mask: jax.Array):

@@ -32,8 +32,7 @@ def dequantize_blockwise(
     dtype: DTypeLike,
     interpret: bool = False,
 ) -> jax.Array:
-    """As ``reference.dequantize_blockwise``; values are equal bit for bit, but for one fused
-    multiply-add in nested scales where the compiler makes one.
+    """As ``reference.dequantize_blockwise``; values are equal bit for bit.
 
     Raises ``NotImplementedError`` for other dtypes than fp32, bf16 and fp16, for rows that end in
     half a byte, and for matrices whose elements outnumber an int32.

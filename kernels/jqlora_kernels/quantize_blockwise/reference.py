@@ -41,7 +41,8 @@ def pack(nibbles: jax.Array) -> jax.Array:
     """Codes uint8 [2m] two to a byte, the first in the high nibble: uint8 [m].
 
     Each pair is read as one little-endian 16-bit number. Slicing out every other code instead would
-    be fused with all that comes before and keep XLA from vectorizing it on a CPU: four times slower.
+    be fused with all that comes before and keep XLA from vectorizing it on a CPU: four times
+    slower.
     """
     pairs = lax.bitcast_convert_type(nibbles.reshape(-1, 2), jnp.uint16)
     return ((pairs << 4) | (pairs >> 8)).astype(jnp.uint8)
