@@ -1,0 +1,114 @@
+"""The compiled parts of generation: a prefill, a single step, and a loop of steps.
+
+Shapes are static and the loop ends early once every row has ended. Each part is compiled once for
+each (program, shapes); a program is equal to another if it binds the same function.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jqlora.generate.sampling import Sampling, process
+from jqlora.types import Variables
+
+Apply: TypeAlias = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Program:
+    """What is static in a generation."""
+
+    apply: Apply
+    model: Any
+    sampling: Sampling
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    slots: int
+
+
+@struct.dataclass
+class State:
+    """What a decoding step reads and writes."""
+
+    cache: Any
+    token: jax.Array  # int32 [B]: the newest token, not in the cache yet
+    seen: jax.Array  # bool [B, V]
+    ended: jax.Array  # bool [B]
+    key: jax.Array
+    step: jax.Array  # int32 []: how many tokens have been chosen
+
+
+def choose(program: Program, logits: jax.Array, state: State) -> State:
+    """The state with the next token chosen from logits [B, V]."""
+    scores = process(logits.astype(jnp.float32), state.seen, program.sampling)
+    if program.sampling.temperature > 0:
+        key = jax.random.fold_in(state.key, state.step)
+        token = jax.random.categorical(key, scores, axis=-1)
+    else:
+        token = jnp.argmax(scores, axis=-1)
+    token = jnp.where(state.ended, program.pad_id, token.astype(jnp.int32))
+    ends = jnp.isin(token, jnp.asarray(program.eos_ids, jnp.int32))
+    rows = jnp.arange(token.shape[0])
+    return replace(
+        state,
+        token=token,
+        seen=state.seen.at[rows, token].set(True),
+        ended=state.ended | ends,
+        step=state.step + 1,
+    )
+
+
+@partial(jax.jit, static_argnums=0)
+def prefill(
+    program: Program, variables: Variables, ids: jax.Array, mask: jax.Array, key: jax.Array
+) -> State:
+    """The state after left-padded prompts int32 [B, T] and the choice of the first new token."""
+    batch = ids.shape[0]
+    out = program.apply(
+        variables,
+        ids,
+        attention_mask=mask,
+        cache=program.model.init_cache(batch, program.slots),
+    )
+    logits = out.logits[:, -1]
+    seen = jnp.zeros(logits.shape, bool).at[jnp.arange(batch)[:, None], ids].max(mask != 0)
+    state = State(
+        cache=out.cache,
+        token=jnp.zeros((batch,), jnp.int32),
+        seen=seen,
+        ended=jnp.zeros((batch,), bool),
+        key=key,
+        step=jnp.int32(0),
+    )
+    return choose(program, logits, state)
+
+
+def advance(program: Program, variables: Variables, state: State) -> State:
+    """The state one token on."""
+    out = program.apply(variables, state.token[:, None], cache=state.cache)
+    return choose(program, out.logits[:, -1], replace(state, cache=out.cache))
+
+
+advance_once = jax.jit(advance, static_argnums=0, donate_argnums=2)
+"""One compiled :func:`advance` whose cache is updated in place."""
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def decode(program: Program, variables: Variables, state: State, count: int) -> jax.Array:
+    """Tokens int32 [B, count], the one that ``state`` holds first; stops once all rows ended."""
+    tokens = jnp.full((state.token.shape[0], count), program.pad_id, jnp.int32)
+
+    def unfinished(loop: tuple[State, jax.Array]) -> jax.Array:
+        return (loop[0].step < count) & ~jnp.all(loop[0].ended)
+
+    def body(loop: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
+        state = advance(program, variables, loop[0])
+        column = state.token[:, None]
+        return state, jax.lax.dynamic_update_slice(loop[1], column, (0, state.step - 1))
+
+    return jax.lax.while_loop(unfinished, body, (state, tokens.at[:, 0].set(state.token)))[1]
