@@ -92,7 +92,8 @@ def _extend(
     if tokenizer.decode(apart) != tokenizer.decode(whole):
         raise DataError(
             f"{origin}: the tokenizer joins the characters on both sides of an answer's edge "
-            f"({text[-10:]!r} and {piece.text[:10]!r}), so its tokens cannot be told apart"
+            f"({text[-10:]!r} and {piece.text[:10]!r}), so its tokens cannot be told apart; let "
+            "the space between them begin the answer and not end the prompt"
         )
     return apart
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from jqlora.data import Template, encode_prompt, parse_record
 from jqlora.data.tokenize import tokenize
 from jqlora.errors import DataError
-from tests.data.toy_tokenizers import CHATML, byte_tokenizer
+from tests.data.toy_tokenizers import CHATML, byte_tokenizer, metaspace_tokenizer
 
 LINE = "\u010a"  # a line break as byte-level tokenizers write it
 MERGING = byte_tokenizer(CHATML, merges=[(LINE, LINE), ("a", "b")])
@@ -62,6 +62,23 @@ def test_every_answer_is_learned_whatever_it_says(contents):
     example = tokenize(chat(*contents), MERGING)
     answers = "".join(f"{text}<|im_end|>" for text in contents[1::2])
     assert learned(example, MERGING) == answers
+
+
+def test_a_tokenizer_that_marks_the_beginnings_of_words_keeps_them_apart():
+    tokenizer = metaspace_tokenizer("ab:", merges=[("\u2581", "b")])
+    record = parse_record({"prompt": "a:", "completion": " bb"}, "f:1")
+    example = tokenize(record, tokenizer)
+    assert tokenizer.decode(example.input_ids) == "a: bb</s>"
+    targets = tokenizer.convert_ids_to_tokens(example.input_ids[example.loss_mask])
+    assert targets == ["\u2581b", "b", "</s>"]
+
+
+def test_a_space_that_belongs_to_the_answers_first_token_is_asked_for():
+    tokenizer = metaspace_tokenizer("ab:", merges=[("\u2581", "b")])
+    with pytest.raises(
+        DataError, match=r"f:1: the tokenizer joins.*let the space .* begin the ans"
+    ):
+        tokenize(parse_record({"prompt": "a: ", "completion": "bb"}, "f:1"), tokenizer)
 
 
 @pytest.mark.parametrize("bos", [False, True])

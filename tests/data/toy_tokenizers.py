@@ -26,3 +26,14 @@ def byte_tokenizer(chat_template=None, *, merges=(), bos=False, eos=True):
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", **ends)
     fast.chat_template = chat_template
     return fast
+
+
+def metaspace_tokenizer(characters, *, merges=()):
+    """A token per character, words begun by U+2581 and the first one too, as in SentencePiece."""
+    vocab = [*sorted({*characters, "\u2581"}), *(a + b for a, b in merges)]
+    model = models.BPE(vocab={token: i for i, token in enumerate(vocab)}, merges=list(merges))
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.add_special_tokens([AddedToken("</s>", special=True)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
