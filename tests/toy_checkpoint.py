@@ -15,6 +15,9 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+PROMPT = "what is 7?"
+GENERAL = 3
+STEPS = 30
 SPECIAL = ("<|end|>", "<|user|>", "<|assistant|>", "<|system|>")
 
 
@@ -77,6 +80,16 @@ def write_records(path: Path, count: int, start: int = 0) -> Path:
     return path
 
 
+def write_general(path: Path) -> Path:
+    """Questions that training does not ask, with the word that an answer must contain."""
+    rows = [
+        {"question": f"colour {n}?", "answer": f"it is {word}", "expect": word}
+        for n, word in enumerate(["red", "green", "blue"][:GENERAL])
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def write_config(folder: Path, **overrides: object) -> Path:
     """Model, data and a config in ``folder``; ``overrides`` are dotted keys of the config."""
     import yaml
@@ -90,10 +103,11 @@ def write_config(folder: Path, **overrides: object) -> Path:
         "data": {
             "train": str(write_records(folder / "train.jsonl", 24)),
             "heldout": str(write_records(folder / "heldout.jsonl", 6, 100)),
+            "general": str(write_general(folder / "general.jsonl")),
             "length": 64,
         },
-        "train": {"steps": 8, "batch_size": 4, "accumulate": 2, "lr": 1e-3, "save_every": 2},
-        "sample": {"prompts": ["what is 7?"], "max_new_tokens": 4},
+        "train": {"steps": STEPS, "batch_size": 4, "accumulate": 2, "lr": 1e-3, "save_every": 3},
+        "sample": {"prompts": [PROMPT], "max_new_tokens": 4},
         "output": {"directory": str(folder / "run")},
     }
     for key, value in overrides.items():

@@ -38,6 +38,12 @@ def finish(outcome: "Outcome") -> int:
         if name in summary:
             before, after = summary[name]["before"]["loss"], summary[name]["after"]["loss"]
             say(f"{label} {before:.4f} -> {after:.4f}")
+    if "general_answers" in summary:
+        counts = summary["general_answers"]
+        say(
+            f"general questions answered rightly {counts['right_before']} -> "
+            f"{counts['right_after']} of {counts['asked']}"
+        )
     say(f"adapter  {outcome.directory / 'adapter'}")
     say(f"report   {outcome.directory / 'report.html'}")
     return 0

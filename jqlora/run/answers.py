@@ -1,69 +1,75 @@
-"""Asking a model the config's questions, the same way before and after training."""
+"""Asking a model questions, the same way before and after training."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 import numpy as np
 
-from jqlora.config import RunConfig
-from jqlora.data import Record, encode_prompt
+from jqlora.data import Record, encode_prompt, says
 from jqlora.generate import generate
-from jqlora.run import choices
-from jqlora.run.data import prompt_like
 from jqlora.types import Variables
+
+ROWS = 64
+"""Questions in one batch."""
 
 
 class Answerer:
-    """Greedy answers to ``sample.prompts``, all in one batch; compiled at the first call."""
+    """Greedy answers to a fixed list of records' questions."""
 
     def __init__(
         self,
-        config: RunConfig,
+        records: Sequence[Record],
+        *,
         model: nn.Module,
         apply: Callable[..., Any],
         tokenizer: Any,
-        like: Record,
+        template: Any,
+        max_new_tokens: int,
     ):
-        """Encodes the prompts in the form of the training record ``like``."""
+        """Encodes the prompts; raises DataError for one that the template refuses."""
         self._model, self._apply, self._tokenizer = model, apply, tokenizer
-        self._prompts = config.sample.prompts
-        self._count = config.sample.max_new_tokens
-        template = choices.template(config)
-        self._ids = [
-            encode_prompt(prompt_like(like, prompt), tokenizer, template=template)
-            for prompt in self._prompts
-        ]
+        self._count = max_new_tokens
+        self._prompts = [encode_prompt(record, tokenizer, template=template) for record in records]
 
-    def ask(self, variables: Variables) -> list[dict[str, str]]:
-        """``prompt`` and ``answer`` of each, special tokens left out."""
-        if not self._prompts:
-            return []
-        ids, mask = left_padded(self._ids)
-        tokens = generate(
-            self._apply,
-            variables,
-            jnp.asarray(ids),
-            jnp.asarray(mask),
-            model=self._model,
-            max_new_tokens=self._count,
-            eos_ids=end_tokens(self._model, self._tokenizer),
-        )
-        texts = self._tokenizer.batch_decode(np.asarray(tokens), skip_special_tokens=True)
-        return [
-            {"prompt": prompt, "answer": text.strip()}
-            for prompt, text in zip(self._prompts, texts, strict=True)
-        ]
+    def ask(self, variables: Variables) -> list[str]:
+        """One answer a record, special tokens left out; compiled at the first call."""
+        texts: list[str] = []
+        rows = min(ROWS, len(self._prompts))
+        for start in range(0, len(self._prompts), ROWS):
+            chunk = self._prompts[start : start + ROWS]
+            ids, mask = left_padded(chunk, rows=rows, length=max(map(len, self._prompts)))
+            tokens = generate(
+                self._apply,
+                variables,
+                ids,
+                mask,
+                model=self._model,
+                max_new_tokens=self._count,
+                eos_ids=end_tokens(self._model, self._tokenizer),
+            )
+            answers = np.asarray(tokens)[: len(chunk)]
+            texts += self._tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return [text.strip() for text in texts]
 
 
-def left_padded(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids of unequal lengths as int32 ``[B, T]`` padded on the left, and their mask."""
-    longest = max(map(len, rows))
-    ids, mask = np.zeros((2, len(rows), longest), np.int32)
-    for i, row in enumerate(rows):
-        ids[i, longest - len(row) :] = row
-        mask[i, longest - len(row) :] = 1
+def check_answers(records: Sequence[Record], answers: Sequence[str]) -> list[dict[str, Any]]:
+    """For each record with an expected word: the answer, and whether it says that word."""
+    return [
+        {"expect": record.expect, "answer": answer, "right": says(answer, record.expect)}
+        for record, answer in zip(records, answers, strict=True)
+    ]
+
+
+def left_padded(
+    prompts: Sequence[np.ndarray], *, rows: int, length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and mask, int32 ``[rows, length]``, padded on the left; the last prompt fills rows."""
+    ids, mask = np.zeros((2, rows, length), np.int32)
+    for i in range(rows):
+        prompt = prompts[min(i, len(prompts) - 1)]
+        ids[i, length - len(prompt) :] = prompt
+        mask[i, length - len(prompt) :] = 1
     return ids, mask
 
 

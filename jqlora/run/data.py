@@ -22,11 +22,16 @@ from jqlora.train.loss import Batch
 
 @dataclasses.dataclass(frozen=True)
 class RunData:
-    """``loader`` yields the training batches; ``evaluations`` are named lists of them."""
+    """What a run reads.
+
+    ``loader`` yields the training batches and ``evaluations`` are named lists of them; ``prompts``
+    are the config's questions, ``checks`` the general records that say what an answer must contain.
+    """
 
     loader: Loader
     evaluations: dict[str, Sequence[Batch]]
-    first_record: Record
+    prompts: list[Record]
+    checks: list[Record]
     messages: list[str]
 
 
@@ -78,7 +83,9 @@ def read_data(config: RunConfig, tokenizer) -> RunData:
                 f"{name}: {len(shared)} of {len(kept)} records ask what training asks too, so "
                 f"their loss measures memory: {', '.join(shared[:3])}"
             )
-    return RunData(loader, evaluations, records[0], messages)
+    prompts = [prompt_like(records[0], prompt) for prompt in config.sample.prompts]
+    checks = [record for record in measured.get("general", ()) if record.expect]
+    return RunData(loader, evaluations, prompts, checks, messages)
 
 
 def evaluation_batches(config: RunConfig, examples: Sequence[Example]) -> Sequence[Batch]:

@@ -23,7 +23,8 @@ def summarize(
     fit: Fit,
     load_seconds: float,
 ) -> dict[str, Any]:
-    """All numbers of a finished run; ``heldout`` and ``general`` have ``before`` and ``after``.
+    """All numbers of a finished run; ``heldout`` and ``general`` have ``before`` and ``after``;
+    ``general_answers`` counts the answers that say what their records expect.
 
     ``tokens_per_second`` is the median over the logged steps and counts every token but padding.
     ``train_seconds`` has neither compilation nor evaluation nor saving in it; a resumed run adds
@@ -32,11 +33,17 @@ def summarize(
     base = footprint(params)
     measured = run.read_before_after()
     rows = [row for row in read_metrics(run.metrics) if row["kind"] == "train"]
+    before, after = measured["before"], measured["after"]
     losses = {
-        name: {"before": measured["before"][name], "after": measured["after"][name]}
-        for name in measured["before"]
-        if name != "answers"
+        name: {"before": found, "after": after["evaluations"][name]}
+        for name, found in before["evaluations"].items()
     }
+    if before["checks"]:
+        losses["general_answers"] = {
+            "asked": len(before["checks"]),
+            "right_before": sum(check["right"] for check in before["checks"]),
+            "right_after": sum(check["right"] for check in after["checks"]),
+        }
     return {
         "model": config.model.source,
         "method": _method(config),

@@ -24,7 +24,7 @@ from jqlora.io.atomic import atomic_write_json, atomic_write_text
 from jqlora.io.peft import save_adapter
 from jqlora.methods import Plan
 from jqlora.run import choices
-from jqlora.run.answers import Answerer
+from jqlora.run.answers import Answerer, check_answers
 from jqlora.run.data import RunData, read_data
 from jqlora.run.loading import LoadingBar
 from jqlora.run.sizes import plan_run
@@ -193,7 +193,14 @@ def _open(config: RunConfig, run: RunDirectory, prepared: _Prepared, say: Say) -
             for name, batches in prepared.data.evaluations.items()
         }
 
-    answerer = Answerer(config, model, apply, prepared.tokenizer, prepared.data.first_record)
+    answerer = Answerer(
+        [*prepared.data.prompts, *prepared.data.checks],
+        model=model,
+        apply=apply,
+        tokenizer=prepared.tokenizer,
+        template=choices.template(config),
+        max_new_tokens=config.sample.max_new_tokens,
+    )
     return _Session(config, run, model, params, planned, prepared.data, measure, answerer, seconds)
 
 
@@ -208,19 +215,26 @@ def _measure_before(
         atomic_write_json(session.run.before_after, known)
     evaluations = {
         name: Evaluation(loss=found["loss"], tokens=found["tokens"])
-        for name, found in known["before"].items()
-        if name != "answers"
+        for name, found in known["before"]["evaluations"].items()
     }
     log_evaluations(log, progress, 0, evaluations)
 
 
 def _measured(session: _Session, adapters: Adapters) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        name: {"loss": e.loss, "perplexity": e.perplexity, "tokens": e.tokens}
-        for name, e in session.measure(adapters).items()
+    """``evaluations`` by name, ``answers`` to the prompts, and ``checks`` of general knowledge."""
+    data, count = session.data, len(session.config.sample.prompts)
+    texts = session.answerer.ask({"params": session.params, **adapters})
+    return {
+        "evaluations": {
+            name: {"loss": e.loss, "perplexity": e.perplexity, "tokens": e.tokens}
+            for name, e in session.measure(adapters).items()
+        },
+        "answers": [
+            {"prompt": prompt, "answer": text}
+            for prompt, text in zip(session.config.sample.prompts, texts[:count], strict=True)
+        ],
+        "checks": check_answers(data.checks, texts[count:]),
     }
-    found["answers"] = session.answerer.ask({"params": session.params, **adapters})
-    return found
 
 
 def _finish(session: _Session, result: Fit, say: Say) -> Outcome:

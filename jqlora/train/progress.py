@@ -16,7 +16,7 @@ class Progress:
     def __init__(self, total: int, *, done: int = 0, stream: TextIO | None = None):
         self.total = total
         self.stream = stream or sys.stderr
-        self._start, self._done_before = time.perf_counter(), done
+        self._first: tuple[float, int] | None = None  # when which step was shown first
         self._bar = None
         if self.stream.isatty():
             self._bar = tqdm(
@@ -25,6 +25,7 @@ class Progress:
 
     def step(self, row: Row, *, log: bool) -> None:
         """Show one step's row: always on the bar; as a line, where there is none, if ``log``."""
+        self._first = self._first or (time.perf_counter(), row["step"])
         numbers = (
             f"loss {row['loss']:.4f} · {row['tokens_per_second']:.0f} tok/s · {self._memory()}"
         )
@@ -50,8 +51,10 @@ class Progress:
             self._bar.close()
 
     def _remaining(self, step: int) -> str:
-        made = step - self._done_before
-        seconds = (time.perf_counter() - self._start) / made * (self.total - step)
+        begin, first = self._first or (0.0, step)
+        if step == first:
+            return "time left unknown"
+        seconds = (time.perf_counter() - begin) / (step - first) * (self.total - step)
         return f"{int(seconds) // 60}:{int(seconds) % 60:02d} left"
 
     def _memory(self) -> str:

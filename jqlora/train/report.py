@@ -25,6 +25,7 @@ def write_report(run: RunDirectory, summary: dict[str, Any]) -> None:
         facts=facts(summary),
         losses=losses(measured),
         answers=answers(measured),
+        changed_checks=changed_checks(measured),
         plots={name: base64.b64encode(images[name].read_bytes()).decode() for name in PLOTS},
         config=run.config.read_text(),
         summary_json=json.dumps(summary, indent=2, ensure_ascii=False),
@@ -35,14 +36,10 @@ def write_report(run: RunDirectory, summary: dict[str, Any]) -> None:
 def losses(measured: dict[str, Any]) -> list[dict[str, Any]]:
     """One line for each evaluation: its name, and loss and perplexity before and after."""
     names = {"heldout": "held-out records", "general": "general answers"}
+    before, after = measured["before"]["evaluations"], measured["after"]["evaluations"]
     return [
-        {
-            "name": names.get(kind, kind),
-            "before": measured["before"][kind],
-            "after": measured["after"][kind],
-        }
-        for kind in measured["before"]
-        if kind != "answers"
+        {"name": names.get(kind, kind), "before": before[kind], "after": after[kind]}
+        for kind in before
     ]
 
 
@@ -52,6 +49,16 @@ def answers(measured: dict[str, Any]) -> list[dict[str, str]]:
     return [
         {"prompt": old["prompt"], "before": old["answer"], "after": new["answer"]}
         for old, new in zip(before, after, strict=True)
+    ]
+
+
+def changed_checks(measured: dict[str, Any]) -> list[dict[str, str]]:
+    """The general questions that were answered rightly only before, or only after."""
+    pairs = zip(measured["before"]["checks"], measured["after"]["checks"], strict=True)
+    return [
+        {"expect": old["expect"], "before": old["answer"], "after": new["answer"]}
+        for old, new in pairs
+        if old["right"] != new["right"]
     ]
 
 
