@@ -18,6 +18,7 @@ from jqlora.types import Variables
 __all__ = ["Sampling", "generate", "stream"]
 
 SMALLEST_BUCKET = 32
+EOS_PLACES = 4  # up to so many end tokens share a program
 
 
 def _start(
@@ -55,17 +56,19 @@ def _start(
         )
     bucket = max(SMALLEST_BUCKET, 1 << (ids.shape[1] - 1).bit_length())
     left = ((0, 0), (bucket - ids.shape[1], 0))
-    eos_ids = tuple(int(i) for i in eos_ids)
-    program = Program(
-        apply=apply,
-        model=model,
-        sampling=sampling,
-        eos_ids=eos_ids,
-        pad_id=pad_id if pad_id is not None else (eos_ids[0] if eos_ids else 0),
-        slots=bucket + max_new_tokens,
+    if pad_id is None:
+        pad_id = eos_ids[0] if eos_ids else 0
+    program = Program(apply=apply, model=model, sampling=sampling, slots=bucket + max_new_tokens)
+    state = prefill(
+        program,
+        variables,
+        np.pad(ids, left),
+        np.pad(mask, left),
+        jax.random.key(0) if key is None else key,  # greedy never reads it
+        np.array([*eos_ids, *[-1] * (EOS_PLACES - len(eos_ids))], np.int32),
+        np.int32(pad_id),
     )
-    key = jax.random.key(0) if key is None else key  # greedy never reads it
-    return program, prefill(program, variables, np.pad(ids, left), np.pad(mask, left), key)
+    return program, state
 
 
 def generate(

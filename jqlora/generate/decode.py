@@ -26,14 +26,12 @@ class Program:
     apply: Apply
     model: Any
     sampling: Sampling
-    eos_ids: tuple[int, ...]
-    pad_id: int
     slots: int
 
 
 @struct.dataclass
 class State:
-    """What a decoding step reads and writes."""
+    """What a decoding step reads and writes; which tokens end a row is data, not a program."""
 
     cache: Any
     token: jax.Array  # int32 [B]: the newest token, not in the cache yet
@@ -41,6 +39,8 @@ class State:
     ended: jax.Array  # bool [B]
     key: jax.Array
     step: jax.Array  # int32 []: how many tokens have been chosen
+    eos_ids: jax.Array  # int32 [E]; unused places hold -1
+    pad_id: jax.Array  # int32 []
 
 
 def choose(program: Program, logits: jax.Array, state: State) -> State:
@@ -51,8 +51,8 @@ def choose(program: Program, logits: jax.Array, state: State) -> State:
         token = jax.random.categorical(key, scores, axis=-1)
     else:
         token = jnp.argmax(scores, axis=-1)
-    token = jnp.where(state.ended, program.pad_id, token.astype(jnp.int32))
-    ends = jnp.isin(token, jnp.asarray(program.eos_ids, jnp.int32))
+    token = jnp.where(state.ended, state.pad_id, token.astype(jnp.int32))
+    ends = jnp.isin(token, state.eos_ids)
     rows = jnp.arange(token.shape[0])
     return replace(
         state,
@@ -65,7 +65,13 @@ def choose(program: Program, logits: jax.Array, state: State) -> State:
 
 @partial(jax.jit, static_argnums=0)
 def prefill(
-    program: Program, variables: Variables, ids: jax.Array, mask: jax.Array, key: jax.Array
+    program: Program,
+    variables: Variables,
+    ids: jax.Array,
+    mask: jax.Array,
+    key: jax.Array,
+    eos_ids: jax.Array,
+    pad_id: jax.Array,
 ) -> State:
     """The state after left-padded prompts int32 [B, T] and the choice of the first new token."""
     batch = ids.shape[0]
@@ -84,6 +90,8 @@ def prefill(
         ended=jnp.zeros((batch,), bool),
         key=key,
         step=jnp.int32(0),
+        eos_ids=eos_ids,
+        pad_id=pad_id,
     )
     return choose(program, logits, state)
 
@@ -101,7 +109,7 @@ advance_once = jax.jit(advance, static_argnums=0, donate_argnums=2)
 @partial(jax.jit, static_argnums=(0, 3))
 def decode(program: Program, variables: Variables, state: State, count: int) -> jax.Array:
     """Tokens int32 [B, count], the one that ``state`` holds first; stops once all rows ended."""
-    tokens = jnp.full((state.token.shape[0], count), program.pad_id, jnp.int32)
+    tokens = jnp.full((state.token.shape[0], count), state.pad_id, jnp.int32)
 
     def unfinished(loop: tuple[State, jax.Array]) -> jax.Array:
         return (loop[0].step < count) & ~jnp.all(loop[0].ended)

@@ -1,0 +1,176 @@
+"""One model in several forms: scanned or looped, with or without remat, grafted upon."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jqlora.errors import ConfigError
+from jqlora.models import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    abstract_params,
+    family_for,
+    loop_to_scan,
+    scan_to_loop,
+)
+from jqlora.tree import flatten, unflatten
+from tests.models.variants import ROWS, TINY
+
+every_variant = pytest.mark.parametrize("name", ROWS)
+# biases, tied embeddings, windows everywhere, in some layers, and dependence on the batch
+FORMS = [
+    "llama_biases_gelu",
+    "qwen2_tied",
+    "mistral_window",
+    "qwen2_layer_types",
+    "llama_dynamic_rope",
+]
+some_variants = pytest.mark.parametrize("name", FORMS)
+IDS = np.random.default_rng(0).integers(3, 60, (2, 9)).astype(np.int32)
+
+
+def build(name: str, **options) -> LlamaForCausalLM:
+    return LlamaForCausalLM(LlamaConfig.from_hf(TINY | ROWS[name]), **options)
+
+
+def init(model, key):
+    return jax.jit(lambda key: model.init(key, jnp.asarray(IDS))["params"])(key)
+
+
+def run(model, params, ids, cache=None, **static):
+    call = lambda params, ids, cache: model.apply({"params": params}, ids, cache=cache, **static)  # noqa: E731
+    return jax.jit(call)(params, jnp.asarray(ids), cache)
+
+
+def loss_and_grads(model, params):
+    def loss(params):
+        return jnp.sum(jnp.square(model.apply({"params": params}, jnp.asarray(IDS)).logits))
+
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+
+def assert_close(ours, theirs, limit=1e-5):
+    for path, leaf in flatten(theirs).items():
+        difference = np.abs(np.asarray(flatten(ours)[path]) - np.asarray(leaf)).max()
+        assert difference <= limit * max(np.abs(leaf).max(), 1e-30), path
+
+
+@some_variants
+def test_scanned_and_looped_layers_agree_in_values_and_gradients(name, getkey):
+    scanned, looped = build(name), build(name, scan=False)
+    params = init(scanned, getkey())
+    value, grads = loss_and_grads(scanned, params)
+    loop_value, loop_grads = loss_and_grads(looped, scan_to_loop(params))
+    np.testing.assert_allclose(loop_value, value, rtol=1e-5)
+    assert_close(loop_to_scan(loop_grads), grads)
+    out = looped.apply(
+        {"params": scan_to_loop(params)}, jnp.asarray(IDS), output_hidden_states=True
+    )
+    same = scanned.apply({"params": params}, jnp.asarray(IDS), output_hidden_states=True)
+    np.testing.assert_allclose(out.hidden_states, same.hidden_states, atol=1e-5)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_remat_changes_neither_values_nor_gradients(scan, dtype, getkey):
+    plain = build("qwen2_layer_types", scan=scan, dtype=dtype, param_dtype=dtype)
+    params = init(plain, getkey())
+    value, grads = loss_and_grads(plain, params)
+    remat_value, remat_grads = loss_and_grads(plain.clone(remat="full"), params)
+    # recomputation may be fused anew: one rounding of the dtype
+    limit = 4 * float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(float(remat_value), float(value), rtol=limit)
+    as_float = lambda tree: jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)  # noqa: E731
+    assert_close(as_float(remat_grads), as_float(grads), limit=10 * limit)
+
+
+def test_remat_keeps_less_for_the_backward_pass(getkey):
+    plain = build("llama2_mha")
+    params = init(plain, getkey())
+
+    def temporary_bytes(model):
+        def loss(params):
+            ids = jnp.zeros((8, 64), jnp.int32)
+            return jnp.sum(jnp.square(model.apply({"params": params}, ids).logits))
+
+        return jax.jit(jax.grad(loss)).lower(params).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(plain.clone(remat="full")) < temporary_bytes(plain)
+
+
+@some_variants
+def test_cached_decoding_agrees_in_the_looped_form(name, getkey):
+    scanned, looped = build(name), build(name, scan=False)
+    params = init(scanned, getkey())
+    logits = []
+    for model, tree in ((scanned, params), (looped, scan_to_loop(params))):
+        cache = run(model, tree, IDS[:, :5], model.init_cache(2, 12)).cache
+        logits.append(run(model, tree, IDS[:, 5:8], cache).logits)
+    np.testing.assert_allclose(logits[0], logits[1], atol=1e-5)
+
+
+def test_leaves_grafted_beside_kernels_are_ignored_and_sliced(getkey):
+    model = build("llama_biases_gelu")
+    params = init(model, getkey())
+    plain = run(model, params, IDS).logits
+    flat = flatten(params)
+    for path, leaf in list(flat.items()):
+        if path[-1] == "kernel" and "layers" in path:
+            flat[(*path[:-1], "grafted")] = jnp.arange(leaf.shape[0])
+    grafted = run(model, unflatten(flat), IDS).logits
+    np.testing.assert_array_equal(grafted, plain)
+
+
+@every_variant
+@pytest.mark.parametrize("scan", [True, False])
+def test_abstract_parameters_are_those_of_init_and_of_the_checkpoint(name, scan, getkey):
+    model = build(name, scan=scan, param_dtype=jnp.bfloat16)
+    abstract = flatten(abstract_params(model))
+    if name in FORMS:
+        real = flatten(init(model, getkey()))
+        assert {p: (a.shape, a.dtype) for p, a in abstract.items()} == {
+            p: (a.shape, a.dtype) for p, a in real.items()
+        }
+    filled = {(n.path, n.index) for n in family_for(model).hf_names(model)}
+    depth = model.config.num_hidden_layers
+    expected = {
+        (path, i)
+        for path in abstract
+        for i in (range(depth) if scan and "layers" in path else [None])
+    }
+    assert filled == expected
+
+
+def test_the_jitted_model_is_traced_once_for_one_shape(getkey):
+    model = build("mistral_window")
+    params, traces = init(model, getkey()), []
+
+    @jax.jit
+    def apply(params, ids, mask):
+        traces.append(None)
+        return model.apply({"params": params}, ids, attention_mask=mask).logits
+
+    for seed in range(3):
+        apply(params, jnp.asarray(IDS), jnp.asarray(IDS % (seed + 2) > 0))
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "named"), [({"remat": "dots"}, "remat='dots'"), ({"attention": "flash"}, "'flash'")]
+)
+def test_unknown_options_name_the_accepted_ones(options, named, getkey):
+    with pytest.raises(ConfigError, match=named + ".*accepted"):
+        init(build("llama2_mha", **options), getkey())
+
+
+def test_segments_with_a_cache_need_positions(getkey):
+    model = build("llama2_mha")
+    params, ids = init(model, getkey()), jnp.asarray(IDS)
+    with pytest.raises(ValueError, match="explicit positions"):
+        model.apply({"params": params}, ids, segment_ids=ids, cache=model.init_cache(2, 9))
+
+
+def test_layers_with_gaps_cannot_be_stacked():
+    with pytest.raises(ValueError, match=r"\[0, 2\]"):
+        loop_to_scan({"model": {"layers_0": {"a": jnp.ones(1)}, "layers_2": {"a": jnp.ones(1)}}})
