@@ -98,6 +98,8 @@ def atomic_directory(
                 if previous.exists():
                     os.rename(previous, target)
                 raise
+        except SaveError as error:  # of a file inside: name it by where it was to be
+            raise SaveError(str(error).replace(str(fresh), str(target))) from error
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
         _sync_directory(target.parent)

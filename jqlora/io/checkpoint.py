@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,14 +66,13 @@ def open_checkpoint(source: Source) -> Checkpoint:
         header = open_gguf(source.path)
         try:
             config = config_from_gguf(header)
-            reader: TensorReader = GGUFTensors(source.path, header)
+            reader = GGUFTensors(source.path, header)
         except CheckpointError as error:
             raise CheckpointError(f"{source.path}: {error}") from error
-        return _assemble(source, source.path, config, reader)
+        return _assemble(source, source.path, config, lambda: reader)
     path = source.path / "config.json"
-    config = read_config(path)
-    family_of(config)  # an unknown architecture is a better message than what its weights may lack
-    return _assemble(source, path, config, open_directory(source.path))
+    # the config first: an unknown architecture explains more than what its weights may lack
+    return _assemble(source, path, read_config(path), lambda: open_directory(source.path))
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -89,11 +89,11 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _assemble(
-    source: Source, path: Path, config: dict[str, Any], reader: TensorReader
+    source: Source, path: Path, config: dict[str, Any], open_reader: Callable[[], TensorReader]
 ) -> Checkpoint:
     try:
         family = family_of(config)
         parsed = family.parse(config)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    return Checkpoint(source, config, family, parsed, reader)
+    return Checkpoint(source, config, family, parsed, open_reader())

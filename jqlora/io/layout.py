@@ -65,7 +65,8 @@ def lay_out(
     stored: dict[str, bnb.StoredQuant] = {}
     for item in tensors:
         if item.hf not in present:
-            raise _missing(checkpoint, item.hf, present)
+            unexpected = present - {other.hf for other in tensors}
+            raise _missing(checkpoint, item.hf, unexpected)
         found = bnb.find_stored(reader, item.hf, present) if item.path[-1] == "kernel" else None
         if found is not None:
             stored[item.hf] = found
@@ -132,9 +133,9 @@ def _check_shape(
         )
 
 
-def _missing(checkpoint: Checkpoint, name: str, present: set[str]) -> CheckpointError:
-    near = tree.nearest(name, sorted(present), 1)
-    hint = f"; nearest is {near[0]!r}" if near else ""
+def _missing(checkpoint: Checkpoint, name: str, unexpected: set[str]) -> CheckpointError:
+    near = tree.nearest(name, sorted(unexpected), 1)
+    hint = f"; it has {near[0]!r} instead" if near else ""
     return CheckpointError(f"{checkpoint.source.path}: tensor {name!r} is missing{hint}")
 
 

@@ -6,6 +6,7 @@ that a rotary embedding pairs lie next to each other. Block-quantized tensors ar
 float32, exactly, by the ``gguf`` package, a few rows at a time so that its temporaries stay small.
 """
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,21 @@ class CheckedGGUFReader(GGUFReader):
 
 
 def open_gguf(path: Path) -> GGUFReader:
-    """The parsed header of ``path``. Raises CheckpointError if it is damaged or truncated."""
+    """The parsed header of ``path``. Raises CheckpointError if it is damaged or truncated.
+
+    Parsing the vocabulary takes seconds, and model and tokenizer both need it: the last header is
+    kept, for as long as the file does not change.
+    """
+    try:
+        state = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    return _parse(path.resolve(), state.st_mtime_ns, state.st_size)
+
+
+@functools.lru_cache(maxsize=1)
+def _parse(path: Path, changed: int, size: int) -> GGUFReader:
+    del changed, size  # part of the key
     try:
         reader = CheckedGGUFReader(path)
     except CheckpointError as error:
