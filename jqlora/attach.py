@@ -111,6 +111,16 @@ def init(key: jax.Array, plan: Plan, params: Params | None = None) -> dict[str, 
     return unflatten(flat)
 
 
+def penalty(plan: Plan, adapters: Adapters) -> jax.Array:
+    """What the plan's methods ask to be minimized beside the loss: an fp32 scalar, 0 for LoRA."""
+    total = jnp.zeros((), jnp.float32)
+    for placement in plan.placements:
+        method = method_of(placement.spec)
+        leaves = _at(adapters[method.collection], placement.site.path)
+        total = total + method.penalty(leaves, placement)
+    return total
+
+
 def dense(leaf: Any) -> jax.Array:
     """The matrix that a leaf of ``params`` stands for."""
     return leaf.dequantize() if isinstance(leaf, QTensor) else leaf

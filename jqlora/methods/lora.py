@@ -15,6 +15,7 @@ is.
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -158,33 +159,34 @@ def init(key: jax.Array, placement: Placement) -> dict[str, jax.Array]:
     """``a [*lead, K, R]`` and ``b [*lead, R, N]``, fp32; each layer's numbers depend on its name
     alone."""
     site = placement.site
-    sizes = ranks(placement)
-    width = max(sizes)
     keys = jnp.stack([fold_in_path(key, tuple(name.split("."))) for name in site.names])
-    columns = jnp.arange(width)[None, :] < jnp.asarray(sizes)[:, None]  # [layers, R]
-    if site.kind == "embed":
-        a = jnp.zeros((len(sizes), site.features_in, width), jnp.float32)
-        draw = jax.vmap(lambda k: jax.random.normal(k, (width, site.features_out), jnp.float32))
-        b = jnp.where(columns[:, :, None], draw(keys), 0.0)
-    else:
-        a = jnp.where(columns[:, None, :], _draw_a(keys, placement, sizes, width), 0.0)
-        b = jnp.zeros((len(sizes), width, site.features_out), jnp.float32)
+    form = (site.kind, site.features_in, site.features_out, placement.spec.init)
+    a, b = _draw(keys, jnp.asarray(ranks(placement)), max(ranks(placement)), *form)
     return {
-        "a": a.reshape(*site.lead, site.features_in, width),
-        "b": b.reshape(*site.lead, width, site.features_out),
+        "a": a.reshape(*site.lead, *a.shape[1:]),
+        "b": b.reshape(*site.lead, *b.shape[1:]),
     }
 
 
-def _draw_a(keys: jax.Array, placement: Placement, sizes: tuple[int, ...], width: int) -> jax.Array:
-    k = placement.site.features_in
-    if placement.spec.init == "gaussian":
-        std = jnp.asarray([1.0 / max(size, 1) for size in sizes], jnp.float32)
-        draw = jax.vmap(lambda key: jax.random.normal(key, (k, width), jnp.float32))
-        return draw(keys) * std[:, None, None]
-    bound = 1.0 / math.sqrt(k)  # torch's kaiming_uniform_ with a=√5 and fan_in=K
-    return jax.vmap(lambda key: jax.random.uniform(key, (k, width), jnp.float32, -bound, bound))(
-        keys
-    )
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
+def _draw(
+    keys: jax.Array, sizes: jax.Array, width: int, kind: str, k: int, n: int, init: str
+) -> tuple[jax.Array, jax.Array]:
+    """a [layers, K, R] and b [layers, R, N]; one program serves all sites of a shape."""
+    used = jnp.arange(width)[None, :] < sizes[:, None]  # [layers, R]
+    a = jnp.zeros((len(keys), k, width), jnp.float32)
+    b = jnp.zeros((len(keys), width, n), jnp.float32)
+    if kind == "embed":
+        b = jax.vmap(lambda key: jax.random.normal(key, b.shape[1:], jnp.float32))(keys)
+    elif init == "gaussian":
+        a = jax.vmap(lambda key: jax.random.normal(key, a.shape[1:], jnp.float32))(keys)
+        a = a / jnp.maximum(sizes, 1).astype(jnp.float32)[:, None, None]
+    else:
+        bound = 1.0 / math.sqrt(k)  # torch's kaiming_uniform_ with a=√5 and fan_in=K
+        a = jax.vmap(lambda key: jax.random.uniform(key, a.shape[1:], jnp.float32, -bound, bound))(
+            keys
+        )
+    return jnp.where(used[:, None, :], a, 0.0), jnp.where(used[:, :, None], b, 0.0)
 
 
 def constants(placement: Placement) -> dict[str, Any]:

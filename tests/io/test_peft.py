@@ -146,21 +146,15 @@ def assert_same_logits(ours, theirs):
 
 def noisy(plan, adapters):
     """Random adapters, zero in the padding of unequal ranks."""
-    leaves, treedef = jax.tree.flatten(adapters)
-    keys = jax.random.split(jax.random.key(9), len(leaves))
-    noise = [0.3 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
-    return cropped(plan, jax.tree.unflatten(treedef, noise))
-
-
-def cropped(plan, adapters):
+    generator = np.random.default_rng(0)
     flat = flatten(adapters)
     for placement in plan.placements:
         kept = np.asarray(ranks(placement)).reshape(placement.site.lead)
         for name, axis in (("a", -1), ("b", -2)):
             path = ("lora", *placement.site.path, name)
-            column = np.arange(flat[path].shape[axis])
-            keep = column < kept[..., None]
-            flat[path] = jnp.where(np.expand_dims(keep, -1 if axis == -2 else -2), flat[path], 0)
+            noise = generator.normal(0, 0.3, flat[path].shape).astype(np.float32)
+            keep = np.arange(noise.shape[axis]) < kept[..., None]
+            flat[path] = jnp.asarray(noise * np.expand_dims(keep, -1 if axis == -2 else -2))
     return unflatten(flat)
 
 
