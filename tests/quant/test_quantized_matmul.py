@@ -1,0 +1,163 @@
+"""``quantized_matmul`` against the dense product with the decoded kernel."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jqlora.quant import FP4, NF4, quantize, quantized_matmul
+
+SPECS = [NF4(), FP4(), NF4(double_quant=True)]
+# Largest difference over largest value: K = 128 products, summed in another order, then rounded.
+BUDGET = {"float32": 1e-6, "bfloat16": 2**-7, "float16": 2**-10}
+
+
+def dense(x, kernel):
+    """``x @ kernel`` accumulated in fp32."""
+    return jnp.matmul(x, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def assert_close(actual, expected, dtype="float32"):
+    assert actual.dtype == expected.dtype
+    actual, expected = (np.asarray(a, np.float32) for a in (actual, expected))
+    assert np.abs(actual - expected).max() <= BUDGET[dtype] * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("dtype", BUDGET)
+@pytest.mark.parametrize("inputs", [128, 100])
+def test_product_and_gradient_equal_those_of_the_decoded_kernel(spec, dtype, inputs, getkey):
+    q = quantize(jax.random.normal(getkey(), (inputs, 20)) / 10, spec)
+    x = jax.random.normal(getkey(), (2, 3, inputs)).astype(dtype)
+    g = jax.random.normal(getkey(), (2, 3, 20)).astype(dtype)
+
+    @jax.jit
+    def product_and_gradient(x, q, g):
+        y, pull = jax.vjp(lambda x: quantized_matmul(x, q), x)
+        expected, expected_pull = jax.vjp(lambda x: dense(x, q.dequantize(dtype)), x)
+        return (y, *pull(g)), (expected, *expected_pull(g))
+
+    for actual, expected in zip(*product_and_gradient(x, q, g), strict=True):
+        assert_close(actual, expected, dtype)
+
+
+def test_the_stored_matrix_gets_no_gradient(getkey):
+    q = quantize(jax.random.normal(getkey(), (64, 20)), NF4(double_quant=True))
+    x = jax.random.normal(getkey(), (3, 64))
+    grads = jax.grad(lambda q: quantized_matmul(x, q).sum(), allow_int=True)(q)
+    assert grads.codes.dtype == jax.dtypes.float0
+    assert grads.scales.dtype == jax.dtypes.float0
+    np.testing.assert_array_equal(grads.nested.absmax, 0)
+    np.testing.assert_array_equal(grads.nested.offset, 0)
+
+
+def layers(q, x, index):
+    return jnp.tanh(quantized_matmul(x, q, index))
+
+
+@pytest.fixture
+def stack(getkey):
+    return quantize(jax.random.normal(getkey(), (4, 64, 64)) / 8, NF4(double_quant=True))
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_a_scan_over_layer_numbers_equals_the_loop(stack, remat, getkey):
+    x = jax.random.normal(getkey(), (3, 64))
+    layer = jax.checkpoint(layers) if remat else layers
+
+    def scanned(x):
+        return jax.lax.scan(lambda x, i: (layer(stack, x, i), None), x, jnp.arange(4))[0]
+
+    def looped(x):
+        kernels = stack.dequantize()
+        for i in range(4):
+            x = jnp.tanh(dense(x, kernels[i]))
+        return x
+
+    np.testing.assert_allclose(jax.jit(scanned)(x), looped(x), atol=2e-6)
+    actual = jax.jit(jax.grad(lambda x: (scanned(x) ** 2).sum()))(x)
+    np.testing.assert_allclose(actual, jax.grad(lambda x: (looped(x) ** 2).sum())(x), atol=2e-6)
+
+
+def test_it_maps_over_inputs_and_over_experts(stack, getkey):
+    x = jax.random.normal(getkey(), (4, 3, 64))
+
+    @jax.jit
+    def mapped(x, stack):
+        one = jax.tree.map(lambda leaf: leaf[0], stack)
+        return {
+            "experts": jax.vmap(quantized_matmul)(x, stack),
+            "layer numbers": jax.vmap(lambda x, i: quantized_matmul(x, stack, i))(x, jnp.arange(4)),
+            "inputs": jax.vmap(lambda x: quantized_matmul(x, one))(x),
+            "gradients": jax.vmap(jax.grad(lambda x, q: quantized_matmul(x, q).sum()))(x, stack),
+        }
+
+    actual = mapped(x, stack)
+    kernels = stack.dequantize()
+    assert_close(actual["experts"], dense(x, kernels))
+    assert_close(actual["layer numbers"], dense(x, kernels))
+    assert_close(actual["inputs"], dense(x, kernels[0]))
+    assert_close(actual["gradients"], jnp.broadcast_to(kernels.sum(2)[:, None], x.shape))
+
+
+def float_shapes(jaxpr):
+    """Shapes of all floating outputs of a jaxpr's own equations, and of jaxprs inside."""
+    for equation in jaxpr.eqns:
+        for value in equation.outvars:
+            if jnp.issubdtype(value.aval.dtype, jnp.floating):
+                yield equation.primitive.name, value.aval.shape
+        for parameter in equation.params.values():
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                yield from float_shapes(inner)
+
+
+@pytest.mark.parametrize("inputs", [128, 100])
+def test_no_decoded_weight_is_kept_for_the_backward_pass(inputs, getkey):
+    q = quantize(jax.random.normal(getkey(), (inputs, 96)), NF4(double_quant=True))
+    x = jax.random.normal(getkey(), (3, inputs))
+    _, pull = jax.vjp(lambda x: quantized_matmul(x, q), x)
+    kept = [a.size for a in jax.tree.leaves(pull) if jnp.issubdtype(a.dtype, jnp.floating)]
+    assert sum(kept) < inputs * 96 // 4
+    _, dense_pull = jax.vjp(lambda x: dense(x, q.dequantize()), x)
+    assert max(a.size for a in jax.tree.leaves(dense_pull)) >= inputs * 96
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_a_scan_stacks_no_decoded_weights(stack, remat, getkey):
+    x = jax.random.normal(getkey(), (3, 64))
+    layer = jax.checkpoint(layers) if remat else layers
+
+    def loss(x):
+        return jax.lax.scan(lambda x, i: (layer(stack, x, i), None), x, jnp.arange(4))[0].sum()
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(x).jaxpr
+    scans = [shape for name, shape in float_shapes(jaxpr) if name == "scan"]
+    assert scans
+    assert all(np.prod(shape) < 4 * 64 * 32 for shape in scans), scans
+
+
+def test_memory_for_a_gradient_does_not_grow_by_decoded_layers(getkey):
+    def temporary_bytes(count):
+        q = quantize(jnp.ones((count, 256, 256)), NF4())
+
+        def loss(x, q):
+            for i in range(count):
+                x = jnp.tanh(quantized_matmul(x, q, jnp.int32(i)))
+            return x.sum()
+
+        compiled = jax.jit(jax.grad(loss)).lower(jnp.ones((2, 256)), q).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    # Had XLA kept the forward pass's decoded weights, four more layers would take 1 MiB more.
+    assert temporary_bytes(8) - temporary_bytes(4) < 4 * 256 * 256 * 4 // 4
+
+
+def test_shapes_that_do_not_fit_are_refused(stack, getkey):
+    x = jax.random.normal(getkey(), (3, 63))
+    with pytest.raises(ValueError, match="63 features"):
+        quantized_matmul(x, stack, jnp.int32(0))
+    with pytest.raises(ValueError, match="needs an index"):
+        quantized_matmul(jnp.ones((3, 64)), stack)
+    with pytest.raises(ValueError, match="needs no index"):
+        quantized_matmul(jnp.ones((3, 64)), jax.tree.map(lambda a: a[0], stack), jnp.int32(0))
