@@ -5,11 +5,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from jqlora.io.save import save_pretrained
-from jqlora.models import family_of
+from jqlora.models import abstract_params, family_of
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -56,11 +57,14 @@ def write_model(folder: Path) -> Path:
         "tie_word_embeddings": True,
         "eos_token_id": 0,
         "bos_token_id": 0,
-        "initializer_range": 0.1,
     }
     family = family_of(config)
     model = family.build(family.parse(config))
-    params = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    random = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(random.normal(0, 0.1, leaf.shape), leaf.dtype),
+        abstract_params(model),
+    )
     save_pretrained(folder, model, params, tokenizer=tokenizer)
     return folder
 

@@ -31,7 +31,7 @@ def next_tokens(batch: Batch) -> tuple[jax.Array, jax.Array]:
     """
     segments = jnp.asarray(batch["segment_ids"])
     targets = jnp.roll(batch["input_ids"], -1, axis=1)
-    wanted = jnp.roll(jnp.asarray(batch["loss_mask"]) != 0, -1, axis=1)
+    wanted = jnp.roll(jnp.asarray(batch["loss_mask"]).astype(bool), -1, axis=1)
     together = (segments == jnp.roll(segments, -1, axis=1)) & (segments > 0)
     return targets, (wanted & together).at[:, -1].set(False)
 

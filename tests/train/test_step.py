@@ -137,7 +137,7 @@ def test_dropout_keys_come_from_the_state_and_change_with_the_step(getkey):
 def test_a_batch_without_counted_tokens_costs_nothing(getkey):
     tx = optax.sgd(1.0)
     params, state = start(tx, getkey)
-    batch = toy.make_batch() | {"loss_mask": np.zeros((4, 9), np.int32)}
+    batch = toy.make_batch() | {"loss_mask": np.zeros((4, 9), bool)}
     before = jax.tree.map(np.array, state.adapters)
     after, metrics = make_train_step(toy.apply, tx)(state, params, batch)
     assert metrics["loss"] == metrics["tokens"] == 0

@@ -48,5 +48,5 @@ def make_batch(seed=0, rows=4, length=9):
         "input_ids": rng.integers(0, VOCABULARY, (rows, length)).astype(np.int32),
         "positions": np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length)).copy(),
         "segment_ids": segments,
-        "loss_mask": (np.arange(length)[None] >= starts).astype(np.int32),
+        "loss_mask": np.arange(length)[None] >= starts,
     }

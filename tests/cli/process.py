@@ -1,0 +1,22 @@
+"""The command in a process of its own, with compiled programs shared between processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def start(*words: object, cache: Path) -> subprocess.Popen:
+    """``jqlora *words``, begun; what it says on stderr can be read."""
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "jqlora.cli", *map(str, words)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
