@@ -35,7 +35,7 @@ def test_the_quantized_model_takes_4_127_bits_a_weight_and_still_answers(tokeniz
     model, params = quantized
     assert footprint(params).bits_per_quantized_param == pytest.approx(4.127, abs=1e-3)
     text = tokenizer.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True)
-    answer = tokenizer("The capital of France is Paris.").input_ids
+    answer = tokenizer("The capital of France is Paris").input_ids
     ids = tokenizer(text).input_ids
     logits = bind(model)({"params": params}, jnp.asarray([ids + answer], jnp.int32)).logits
     assert logits[0, len(ids) - 1 : -1].argmax(-1).tolist() == answer

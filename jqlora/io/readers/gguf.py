@@ -129,10 +129,6 @@ class GGUFTensors:
     def where(self, name: str) -> str:
         return str(self.path)
 
-    def type_name(self, name: str) -> str:
-        """The stored type, as llama.cpp writes it: ``Q4_K``."""
-        return self._tensors[name].tensor_type.name
-
     def read(self, name: str) -> np.ndarray:
         tensor = self._tensors[name]
         shape, dtype = self.info(name)
