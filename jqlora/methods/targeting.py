@@ -121,7 +121,7 @@ def _no_match(what: str, wanted: str, names: Sequence[str]) -> str:
     ends = {name.rsplit(".", 1)[-1]: name for name in short}
     close = nearest(wanted, [*ends, *short])
     shown = list(dict.fromkeys(ends.get(name, name) for name in close)) or list(short)[:3]
-    return f"{what}; nearest: {', '.join(shown)} ({len(short)} kinds of module in all)"
+    return f"{what}; nearest: {', '.join(shown)} (of {len(short)} kinds of module)"
 
 
 def _why_nothing(spec: Spec, sites: Sequence[Site]) -> str:
