@@ -25,8 +25,10 @@ def equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("limit", [10**9, 60_000])
+@pytest.mark.parametrize(
+    ("dtype", "limit"),
+    [("float32", 10**9), ("bfloat16", 10**9), ("float16", 10**9), ("float32", 60_000)],
+)
 def test_every_tensor_arrives_with_its_bits_in_the_checkpoints_own_dtype(tmp_path, dtype, limit):
     tensors = write_checkpoint(tmp_path, dtype=jnp.dtype(dtype), max_shard_bytes=limit)
     model, params = load(tmp_path)
@@ -91,8 +93,9 @@ def test_every_dense_kernel_is_quantized_but_the_skipped_ones(tmp_path):
             assert is_qtensor(leaf) == quantized, path
 
 
-@pytest.mark.parametrize("spec", [None, NF4(), FP4(double_quant=True)])
-@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize(
+    ("spec", "scan"), [(None, True), (NF4(), False), (NF4(double_quant=True), True)]
+)
 def test_shapes_are_known_before_anything_is_allocated(tmp_path, spec, scan):
     write_checkpoint(tmp_path)
     model, params = load(tmp_path, quantize=spec, scan=scan)
