@@ -69,8 +69,7 @@ def rows_of(count, inputs, dtype):
     return (jax.random.normal(jax.random.key(count), (count, inputs)) / 10).astype(dtype)
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=str)
-@pytest.mark.parametrize("dtype", BUDGET)
+@pytest.mark.parametrize(("spec", "dtype"), [*zip(SPECS, itertools.cycle(BUDGET))])
 def test_decoding_agrees_bit_for_bit_in_every_dtype(spec, dtype):
     assert_decodes_alike(*layer(192, 20, spec, dtype))
 
