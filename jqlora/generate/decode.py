@@ -82,7 +82,7 @@ def prefill(
         cache=program.model.init_cache(batch, program.slots),
     )
     logits = out.logits[:, -1]
-    seen = jnp.zeros(logits.shape, bool).at[jnp.arange(batch)[:, None], ids].max(mask != 0)
+    seen = jnp.zeros(logits.shape, bool).at[jnp.arange(batch)[:, None], ids].max(mask.astype(bool))
     state = State(
         cache=out.cache,
         token=jnp.zeros((batch,), jnp.int32),

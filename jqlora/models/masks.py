@@ -47,7 +47,7 @@ def default_positions(
         before = jnp.pad(segment_ids, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
         positions = steps - jax.lax.cummax(jnp.where(segment_ids != before, steps, 0), axis=1)
     elif attention_mask is not None:
-        real = (attention_mask != 0).astype(jnp.int32)
+        real = attention_mask.astype(bool).astype(jnp.int32)
         positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
     else:
         positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None, :], (batch, length))

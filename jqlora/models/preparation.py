@@ -75,7 +75,9 @@ def _segments(
     shape: tuple[int, ...], attention_mask: jax.Array | None, segment_ids: jax.Array | None
 ) -> jax.Array:
     segments = jnp.ones(shape, jnp.int32) if segment_ids is None else segment_ids
-    return segments if attention_mask is None else jnp.where(attention_mask != 0, segments, 0)
+    return (
+        segments if attention_mask is None else jnp.where(attention_mask.astype(bool), segments, 0)
+    )
 
 
 def append(cache: KVCache, fresh: LayerCache, segments: jax.Array) -> KVCache:

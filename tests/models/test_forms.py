@@ -1,5 +1,7 @@
 """One model in several forms: scanned or looped, with or without remat, grafted upon."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,14 +20,8 @@ from jqlora.tree import flatten, unflatten
 from tests.models.variants import ROWS, TINY
 
 every_variant = pytest.mark.parametrize("name", ROWS)
-# biases, tied embeddings, windows everywhere, in some layers, and dependence on the batch
-FORMS = [
-    "llama_biases_gelu",
-    "qwen2_tied",
-    "mistral_window",
-    "qwen2_layer_types",
-    "llama_dynamic_rope",
-]
+# biases with an output matrix; tied embeddings with windows in some layers only
+FORMS = ["llama_biases_gelu", "qwen2_layer_types"]
 some_variants = pytest.mark.parametrize("name", FORMS)
 IDS = np.random.default_rng(0).integers(3, 60, (2, 9)).astype(np.int32)
 
@@ -43,11 +39,15 @@ def run(model, params, ids, cache=None, **static):
     return jax.jit(call)(params, jnp.asarray(ids), cache)
 
 
-def loss_and_grads(model, params):
-    def loss(params):
-        return jnp.sum(jnp.square(model.apply({"params": params}, jnp.asarray(IDS)).logits))
+@functools.cache
+def compiled(model):
+    """Loss with its gradients, and the hidden states beside: one program for each form."""
 
-    return jax.jit(jax.value_and_grad(loss))(params)
+    def loss(params):
+        out = model.apply({"params": params}, jnp.asarray(IDS), output_hidden_states=True)
+        return jnp.sum(jnp.square(out.logits)), out.hidden_states
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
 def assert_close(ours, theirs, limit=1e-5):
@@ -60,24 +60,21 @@ def assert_close(ours, theirs, limit=1e-5):
 def test_scanned_and_looped_layers_agree_in_values_and_gradients(name, getkey):
     scanned, looped = build(name), build(name, scan=False)
     params = init(scanned, getkey())
-    value, grads = loss_and_grads(scanned, params)
-    loop_value, loop_grads = loss_and_grads(looped, scan_to_loop(params))
+    (value, hidden), grads = compiled(scanned)(params)
+    (loop_value, loop_hidden), loop_grads = compiled(looped)(scan_to_loop(params))
     np.testing.assert_allclose(loop_value, value, rtol=1e-5)
+    np.testing.assert_allclose(loop_hidden, hidden, atol=1e-5)
     assert_close(loop_to_scan(loop_grads), grads)
-    out = looped.apply(
-        {"params": scan_to_loop(params)}, jnp.asarray(IDS), output_hidden_states=True
-    )
-    same = scanned.apply({"params": params}, jnp.asarray(IDS), output_hidden_states=True)
-    np.testing.assert_allclose(out.hidden_states, same.hidden_states, atol=1e-5)
 
 
-@pytest.mark.parametrize("scan", [True, False])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("scan", "dtype"), [(True, jnp.float32), (False, jnp.float32), (True, jnp.bfloat16)]
+)
 def test_remat_changes_neither_values_nor_gradients(scan, dtype, getkey):
     plain = build("qwen2_layer_types", scan=scan, dtype=dtype, param_dtype=dtype)
     params = init(plain, getkey())
-    value, grads = loss_and_grads(plain, params)
-    remat_value, remat_grads = loss_and_grads(plain.clone(remat="full"), params)
+    (value, _), grads = compiled(plain)(params)
+    (remat_value, _), remat_grads = compiled(plain.clone(remat="full"))(params)
     # recomputation may be fused anew: one rounding of the dtype
     limit = 4 * float(jnp.finfo(dtype).eps)
     np.testing.assert_allclose(float(remat_value), float(value), rtol=limit)
@@ -124,15 +121,13 @@ def test_leaves_grafted_beside_kernels_are_ignored_and_sliced(getkey):
 
 @every_variant
 @pytest.mark.parametrize("scan", [True, False])
-def test_abstract_parameters_are_those_of_init_and_of_the_checkpoint(name, scan, getkey):
+def test_the_names_of_a_checkpoint_fill_every_parameter_once(name, scan):
     model = build(name, scan=scan, param_dtype=jnp.bfloat16)
     abstract = flatten(abstract_params(model))
-    if name in FORMS:
-        real = flatten(init(model, getkey()))
-        assert {p: (a.shape, a.dtype) for p, a in abstract.items()} == {
-            p: (a.shape, a.dtype) for p, a in real.items()
-        }
-    filled = {(n.path, n.index) for n in family_for(model).hf_names(model)}
+    assert {leaf.dtype for leaf in abstract.values()} == {jnp.dtype(jnp.bfloat16)}
+    names = family_for(model).hf_names(model)
+    filled = {(n.path, n.index) for n in names}
+    assert len(filled) == len(names) == len({n.hf for n in names})
     depth = model.config.num_hidden_layers
     expected = {
         (path, i)
