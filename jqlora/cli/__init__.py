@@ -5,12 +5,12 @@ They import what they need inside ``run``, so that ``--help`` does not wait for 
 """
 
 import argparse
+import importlib.metadata
 import os
 import signal
 import sys
 from collections.abc import Sequence
 
-from jqlora import __version__
 from jqlora.cli import eval as evaluate
 from jqlora.cli import generate, merge, plan, quantize, resume, train
 from jqlora.errors import JqloraError
@@ -34,7 +34,9 @@ def build_parser() -> argparse.ArgumentParser:
         description="Fine-tune Hugging Face language models with LoRA on a 4-bit base, in JAX.",
         epilog="'jqlora COMMAND --help' explains a command, with examples.",
     )
-    parser.add_argument("--version", action="version", version=f"jqlora {__version__}")
+    parser.add_argument(
+        "--version", action="version", version=f"jqlora {importlib.metadata.version('jqlora')}"
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, module in COMMANDS.items():
         command = commands.add_parser(

@@ -8,30 +8,22 @@ checkpoint.
 
 import dataclasses
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 
-from jqlora.attach import bind, init, plan
+from jqlora.attach import bind, init
 from jqlora.config import RunConfig, dump_config, read_config
 from jqlora.errors import RunError
-from jqlora.io import load, load_tokenizer
 from jqlora.io.atomic import atomic_write_json, atomic_write_text
 from jqlora.io.peft import save_adapter
-from jqlora.methods import Plan
 from jqlora.run import choices
-from jqlora.run.answers import Answerer, check_answers
-from jqlora.run.data import RunData, read_data
-from jqlora.run.loading import LoadingBar
-from jqlora.run.sizes import plan_run
+from jqlora.run.session import Prepared, Say, Session, measure_all, open_session, prepare
 from jqlora.run.summary import summarize
 from jqlora.train.checkpoint import Checkpoints
 from jqlora.train.directory import RunDirectory
-from jqlora.train.evaluate import Evaluation, evaluate, make_eval_step
+from jqlora.train.evaluate import Evaluation
 from jqlora.train.loop import Every, Fit, fit, log_evaluations
 from jqlora.train.metrics import MetricsLog, read_metrics
 from jqlora.train.penalty import plan_penalty
@@ -39,9 +31,7 @@ from jqlora.train.progress import Progress
 from jqlora.train.report import write_report
 from jqlora.train.state import TrainState
 from jqlora.train.step import make_train_step
-from jqlora.types import Adapters, Params
-
-Say = Callable[[str], None]
+from jqlora.types import Adapters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +44,7 @@ class Outcome:
 
 
 def say_on_stderr(text: str) -> None:
+    """How a run speaks by default."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -67,7 +58,7 @@ def train(config: RunConfig, *, say: Say = say_on_stderr) -> Outcome:
     run = RunDirectory(config.output.directory)
     run.check(overwrite=config.output.overwrite)
     with run.locked():
-        prepared = _prepare(config, say)
+        prepared = prepare(config, say)
         run.clear()
         atomic_write_text(run.config, dump_config(config))
         return _train(config, run, prepared, say)
@@ -87,42 +78,11 @@ def resume(directory: str | Path, *, say: Say = say_on_stderr) -> Outcome:
     moved = dataclasses.replace(config.output, directory=str(run.path))
     config = dataclasses.replace(config, output=moved)
     with run.locked():
-        return _train(config, run, _prepare(config, say), say)
+        return _train(config, run, prepare(config, say), say)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Prepared:
-    tokenizer: Any
-    data: RunData
-
-
-def _prepare(config: RunConfig, say: Say) -> _Prepared:
-    """All that can fail early; only headers of the model's files are read."""
-    sizes = plan_run(config)
-    tokenizer = load_tokenizer(config.model.source)
-    data = read_data(config, tokenizer)
-    for line in (*sizes.lines(), *data.messages):
-        say(line)
-    return _Prepared(tokenizer, data)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Session:
-    """What stands in memory during a run."""
-
-    config: RunConfig
-    run: RunDirectory
-    model: nn.Module
-    params: Params
-    plan: Plan
-    data: RunData
-    measure: Callable[[Adapters], dict[str, Evaluation]]
-    answerer: Answerer
-    load_seconds: float
-
-
-def _train(config: RunConfig, run: RunDirectory, prepared: _Prepared, say: Say) -> Outcome:
-    session = _open(config, run, prepared, say)
+def _train(config: RunConfig, run: RunDirectory, prepared: Prepared, say: Say) -> Outcome:
+    session = open_session(config, run, prepared, say)
     data, apply = prepared.data, bind(session.model, session.plan)
     total = data.loader.total_steps
     adapter_key, state_key = jax.random.split(jax.random.key(config.train.seed))
@@ -172,46 +132,14 @@ def _train(config: RunConfig, run: RunDirectory, prepared: _Prepared, say: Say) 
     return _finish(session, result, say)
 
 
-def _open(config: RunConfig, run: RunDirectory, prepared: _Prepared, say: Say) -> _Session:
-    begin = time.perf_counter()
-    with LoadingBar(config.model.source, say) as bar:
-        model, params = load(
-            config.model.source,
-            quantize=choices.quantization(config.model.quantize),
-            dtype=choices.compute_dtype(config.model),
-            progress=bar,
-        )
-    seconds = time.perf_counter() - begin
-    model = model.clone(remat=config.model.remat, attention=config.model.attention)
-    planned = plan(model, params, choices.adapter_spec(config.method))
-    apply = bind(model, planned)
-    eval_step = make_eval_step(apply)
-
-    def measure(adapters: Adapters) -> dict[str, Evaluation]:
-        return {
-            name: evaluate(eval_step, params, adapters, batches)
-            for name, batches in prepared.data.evaluations.items()
-        }
-
-    answerer = Answerer(
-        [*prepared.data.prompts, *prepared.data.checks],
-        model=model,
-        apply=apply,
-        tokenizer=prepared.tokenizer,
-        template=choices.template(config),
-        max_new_tokens=config.sample.max_new_tokens,
-    )
-    return _Session(config, run, model, params, planned, prepared.data, measure, answerer, seconds)
-
-
 def _measure_before(
-    session: _Session, adapters: Adapters, log: MetricsLog, progress: Progress
+    session: Session, adapters: Adapters, log: MetricsLog, progress: Progress
 ) -> None:
     """Losses and answers of the untrained model; measured once, however often a run is resumed."""
     known = session.run.read_before_after()
     if "before" not in known:
         progress.say("measuring the model before training")
-        known = {"before": _measured(session, adapters)}
+        known = {"before": measure_all(session, adapters)}
         atomic_write_json(session.run.before_after, known)
     evaluations = {
         name: Evaluation(loss=found["loss"], tokens=found["tokens"])
@@ -220,28 +148,11 @@ def _measure_before(
     log_evaluations(log, progress, 0, evaluations)
 
 
-def _measured(session: _Session, adapters: Adapters) -> dict[str, Any]:
-    """``evaluations`` by name, ``answers`` to the prompts, and ``checks`` of general knowledge."""
-    data, count = session.data, len(session.config.sample.prompts)
-    texts = session.answerer.ask({"params": session.params, **adapters})
-    return {
-        "evaluations": {
-            name: {"loss": e.loss, "perplexity": e.perplexity, "tokens": e.tokens}
-            for name, e in session.measure(adapters).items()
-        },
-        "answers": [
-            {"prompt": prompt, "answer": text}
-            for prompt, text in zip(session.config.sample.prompts, texts[:count], strict=True)
-        ],
-        "checks": check_answers(data.checks, texts[count:]),
-    }
-
-
-def _finish(session: _Session, result: Fit, say: Say) -> Outcome:
+def _finish(session: Session, result: Fit, say: Say) -> Outcome:
     run, adapters = session.run, result.state.adapters
     say("measuring the model after training")
-    measured = run.read_before_after() | {"after": _measured(session, adapters)}
-    atomic_write_json(run.before_after, measured)
+    found = run.read_before_after() | {"after": measure_all(session, adapters)}
+    atomic_write_json(run.before_after, found)
     save_adapter(
         run.adapter,
         session.plan,
