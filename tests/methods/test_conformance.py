@@ -84,12 +84,12 @@ class Case:
 
     @functools.cached_property
     def adapters(self):
-        """Far from their start, but zero where padding is."""
+        """Off their start but not so far that rounding is amplified; zero where padding is."""
         generator = np.random.default_rng(5)
         shapes = jax.eval_shape(lambda: init(jax.random.key(0), self.plan))
         return mask_padding(
             self.plan,
-            jax.tree.map(lambda s: generator.normal(0, 0.2, s.shape).astype(np.float32), shapes),
+            jax.tree.map(lambda s: generator.normal(0, 0.08, s.shape).astype(np.float32), shapes),
         )
 
     @functools.cached_property
@@ -214,7 +214,7 @@ def test_training_learns_a_planted_target_leaves_params_alone_and_compiles_once(
     )
     state = TrainState.create(jax.tree.map(jnp.array, case.start), tx, jax.random.key(2))
     losses, first = [], 0
-    for _ in range(12):
+    for _ in range(30):
         state, metrics = step(state, case.params, {"ids": IDS, "target": target})
         losses.append(float(metrics["loss"]))
         first = first or len(traces)
