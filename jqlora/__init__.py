@@ -1,6 +1,78 @@
-"""Fine-tune Hugging Face language models in JAX: LoRA, AdaLoRA, QLoRA.
+"""Fine-tune Hugging Face language models in JAX: LoRA and QLoRA, and adapters that PEFT loads.
 
-The names below are the public surface; everything else may change.
+The names below are the public surface; everything else may change. They are imported when first
+used, so that ``jqlora --help`` need not wait for JAX.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from jqlora import data, optim
+    from jqlora.attach import bind, init, plan
+    from jqlora.generation import generate
+    from jqlora.io import (
+        abstract_params,
+        load,
+        load_adapter,
+        load_tokenizer,
+        save_adapter,
+        save_pretrained,
+    )
+    from jqlora.merging import merge
+    from jqlora.methods import LoRA, Plan
+    from jqlora.quant import FP4, NF4, QTensor, footprint, quantize_params
+    from jqlora.train import TrainState, make_train_step
+
+__all__ = [
+    "FP4",
+    "NF4",
+    "LoRA",
+    "Plan",
+    "QTensor",
+    "TrainState",
+    "abstract_params",
+    "bind",
+    "data",
+    "footprint",
+    "generate",
+    "init",
+    "load",
+    "load_adapter",
+    "load_tokenizer",
+    "make_train_step",
+    "merge",
+    "optim",
+    "plan",
+    "quantize_params",
+    "save_adapter",
+    "save_pretrained",
+]
+
+_HOMES = {
+    "jqlora.attach": ("bind", "init", "plan"),
+    "jqlora.generation": ("generate",),
+    "jqlora.io": (
+        "abstract_params",
+        "load",
+        "load_adapter",
+        "load_tokenizer",
+        "save_adapter",
+        "save_pretrained",
+    ),
+    "jqlora.merging": ("merge",),
+    "jqlora.methods": ("LoRA", "Plan"),
+    "jqlora.quant": ("FP4", "NF4", "QTensor", "footprint", "quantize_params"),
+    "jqlora.train": ("TrainState", "make_train_step"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("data", "optim"):
+        return importlib.import_module(f"jqlora.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module 'jqlora' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

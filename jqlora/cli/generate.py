@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     import jax
 
     from jqlora.cli.shared import open_model
-    from jqlora.generate import Sampling, stream
+    from jqlora.generation import Sampling, stream
     from jqlora.run.answers import end_tokens
 
     sampling = Sampling(

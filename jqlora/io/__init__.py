@@ -2,6 +2,7 @@
 
 from jqlora.io.layout import abstract_params
 from jqlora.io.load import describe, load
+from jqlora.io.peft import load_adapter, save_adapter
 from jqlora.io.quantize_files import quantize_checkpoint
 from jqlora.io.save import save_pretrained
 from jqlora.io.tokenizer import load_tokenizer
@@ -10,7 +11,9 @@ __all__ = [
     "abstract_params",
     "describe",
     "load",
+    "load_adapter",
     "load_tokenizer",
     "quantize_checkpoint",
+    "save_adapter",
     "save_pretrained",
 ]

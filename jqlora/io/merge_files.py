@@ -27,7 +27,7 @@ from jqlora.io.readers import TensorInfo
 from jqlora.io.save import MAX_SHARD_BYTES
 from jqlora.io.shards import Group, write_weights
 from jqlora.io.source import Source, resolve
-from jqlora.merge import check_mergeable, delta
+from jqlora.merging import check_mergeable, delta
 from jqlora.methods import FULL, Placement
 from jqlora.models import HFName
 from jqlora.quant.params import SKIP

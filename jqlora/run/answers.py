@@ -7,7 +7,7 @@ import flax.linen as nn
 import numpy as np
 
 from jqlora.data import Record, encode_prompt, says
-from jqlora.generate import generate
+from jqlora.generation import generate
 from jqlora.types import Variables
 
 ROWS = 64

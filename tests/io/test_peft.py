@@ -24,7 +24,7 @@ from jqlora.io import load
 from jqlora.io.merge_files import merge_checkpoint
 from jqlora.io.peft import load_adapter, save_adapter
 from jqlora.io.save import save_pretrained
-from jqlora.merge import merge
+from jqlora.merging import merge
 from jqlora.methods import LoRA
 from jqlora.methods.lora import ranks
 from jqlora.tree import flatten, unflatten

@@ -12,7 +12,7 @@ import pytest
 from jqlora.attach import bind, dense, init, penalty, plan
 from jqlora.errors import NoSiteMatched
 from jqlora.io.peft import load_adapter, save_adapter
-from jqlora.merge import merge
+from jqlora.merging import merge
 from jqlora.methods import LoRA, method_of
 from jqlora.models.layers import scan_to_loop
 from jqlora.quant import NF4, is_qtensor, quantize_params

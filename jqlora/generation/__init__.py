@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from jqlora.errors import ConfigError
-from jqlora.generate.decode import Apply, Program, State, advance_once, decode, prefill
-from jqlora.generate.sampling import Sampling
+from jqlora.generation.decode import Apply, Program, State, advance_once, decode, prefill
+from jqlora.generation.sampling import Sampling
 from jqlora.types import Variables
 
 __all__ = ["Sampling", "generate", "stream"]

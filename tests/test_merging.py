@@ -7,7 +7,7 @@ import pytest
 
 from jqlora.attach import bind, init, plan
 from jqlora.errors import MergeError
-from jqlora.merge import delta, merge, requantize
+from jqlora.merging import delta, merge, requantize
 from jqlora.methods import LoRA
 from jqlora.quant import NF4, QTensor, quantize_params
 from jqlora.tree import flatten

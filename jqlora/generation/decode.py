@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jqlora.generate.sampling import Sampling, process
+from jqlora.generation.sampling import Sampling, process
 from jqlora.types import Variables
 
 Apply: TypeAlias = Callable[..., Any]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from jqlora.errors import ConfigError
-from jqlora.generate import Sampling, generate, stream
-from jqlora.generate.sampling import process
+from jqlora.generation import Sampling, generate, stream
+from jqlora.generation.sampling import process
 from jqlora.models import LlamaConfig, LlamaForCausalLM
 from tests.models.variants import ROWS, TINY, checkpoint, hf_run
 
