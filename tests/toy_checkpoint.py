@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -11,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from jqlora.io.save import save_pretrained
 from jqlora.models import abstract_params, family_of
+from jqlora.tree import flatten, unflatten
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -61,9 +61,13 @@ def write_model(folder: Path) -> Path:
     family = family_of(config)
     model = family.build(family.parse(config))
     random = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda leaf: jnp.asarray(random.normal(0, 0.1, leaf.shape), leaf.dtype),
-        abstract_params(model),
+    params = unflatten(
+        {
+            path: jnp.ones(leaf.shape, leaf.dtype)
+            if path[-1] == "scale"
+            else jnp.asarray(random.normal(0, 0.1, leaf.shape), leaf.dtype)
+            for path, leaf in flatten(abstract_params(model)).items()
+        }
     )
     save_pretrained(folder, model, params, tokenizer=tokenizer)
     return folder
@@ -110,7 +114,7 @@ def write_config(folder: Path, **overrides: object) -> Path:
             "general": str(write_general(folder / "general.jsonl")),
             "length": 64,
         },
-        "train": {"steps": STEPS, "batch_size": 4, "accumulate": 2, "lr": 1e-3, "save_every": 3},
+        "train": {"steps": STEPS, "batch_size": 4, "accumulate": 2, "lr": 1e-2, "save_every": 3},
         "sample": {"prompts": [PROMPT], "max_new_tokens": 4},
         "output": {"directory": str(folder / "run")},
     }
