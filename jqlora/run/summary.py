@@ -47,6 +47,7 @@ def summarize(
     return {
         "model": config.model.source,
         "method": _method(config),
+        "quantize": _quantize(config),
         "steps": int(fit.state.step),
         **losses,
         "final_train_loss": rows[-1]["loss"],
@@ -72,3 +73,11 @@ def _method(config: RunConfig) -> str:
     method, quantize = config.method, config.model.quantize
     stored = "" if quantize is None else f"{quantize.scheme.upper()} base, "
     return f"{stored}{method.name} rank {method.rank}, alpha {method.alpha:g}"
+
+
+def _quantize(config: RunConfig) -> str | None:
+    """The word for the base's storage that ``--quantize`` takes; None for a base kept whole."""
+    chosen = config.model.quantize
+    if chosen is None:
+        return None
+    return f"{chosen.scheme}-dq" if chosen.double_quant else chosen.scheme

@@ -23,6 +23,7 @@ def write_report(run: RunDirectory, summary: dict[str, Any]) -> None:
         title=run.path.resolve().name,
         summary=summary,
         facts=facts(summary),
+        quantize=f" --quantize {summary['quantize']}" if summary["quantize"] else "",
         losses=losses(measured),
         answers=answers(measured),
         changed_checks=changed_checks(measured),
