@@ -193,7 +193,7 @@ def _graft(
     for placement in placements:
         method, site = method_of(placement.spec), placement.site
         leaves = dict(_at(variables[method.collection], site.path))
-        leaves |= method.constants(placement)
+        leaves |= {name: jnp.asarray(leaf) for name, leaf in method.constants(placement).items()}
         if key is not None and placement.spec.dropout:
             keys = jnp.stack([fold_in_path(key, tuple(n.split("."))) for n in site.names])
             leaves["key"] = keys.reshape(site.lead)

@@ -82,6 +82,7 @@ def time_jqlora(arguments: argparse.Namespace, quantized: bool) -> dict:
 
     storage = jq.NF4(double_quant=True) if quantized else None
     model, params = jq.load(arguments.model, quantize=storage, dtype=arguments.dtype)
+    model = model.clone(remat="dots")  # as jqlora train does unless told otherwise
     spec = jq.LoRA(rank=arguments.rank, alpha=2 * arguments.rank, targets="all-linear")
     plan = jq.plan(model, params, spec)
     adapters = jq.init(jax.random.key(0), plan)

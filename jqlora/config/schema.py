@@ -46,8 +46,8 @@ class ModelConfig:
     """Of the computation and of unquantized weights; auto is float32 on CPUs, else bfloat16."""
     quantize: QuantizeConfig | None = None
     """Store the linear layers in 4 bits; null keeps them whole."""
-    remat: Literal["none", "full"] = "none"
-    """``full`` recomputes each layer in the backward pass: less memory, about a third slower."""
+    remat: Literal["none", "dots", "full"] = "dots"
+    """What the backward pass recomputes: ``dots`` all but products, ``full`` whole layers."""
     attention: Literal["auto", "xla", "cudnn"] = "auto"
     """Which implementation of attention."""
 

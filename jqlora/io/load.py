@@ -94,7 +94,7 @@ def _place(checkpoint: Checkpoint, layout: Layout, item: HFName, dtype: str, lea
         value: Any = bnb.read_qtensor(checkpoint.reader, stored)
         how = None
     else:
-        value = read_float(checkpoint.reader, item.hf)
+        value = read_float(checkpoint.reader, item.hf, dtype)
         spec = shape.spec if isinstance(shape, QTensor) else None
         how = Converter(dtype, item.transpose, spec)
     if item.index is None:

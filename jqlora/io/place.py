@@ -26,10 +26,15 @@ class Converter:
         return array.T if self.transpose else array
 
 
-def read_float(reader: TensorReader, name: str) -> np.ndarray:
-    """The tensor on the host, in a dtype that JAX holds without 64-bit mode."""
+def read_float(reader: TensorReader, name: str, dtype: str = "float32") -> np.ndarray:
+    """The tensor on the host, narrowed to ``dtype`` if it is stored in a wider one.
+
+    Narrowing here, with the rounding that the device would do, frees the wider copy before the
+    device makes its own.
+    """
     array = reader.read(name)
-    return array.astype(np.float32) if array.dtype == np.float64 else array
+    wanted = np.dtype(dtype)
+    return array.astype(wanted) if array.dtype.itemsize > wanted.itemsize else array
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -27,6 +27,7 @@ import numpy as np
 
 from jqlora.errors import ConfigError, UnsupportedSite
 from jqlora.methods.base import Leaves, Method, Placement, frozen_names, items
+from jqlora.methods.low_rank import low_rank
 from jqlora.methods.targeting import check_pattern, pattern_value
 from jqlora.tree import fold_in_path
 
@@ -183,9 +184,9 @@ def _draw(
         a = a / jnp.maximum(sizes, 1).astype(jnp.float32)[:, None, None]
     else:
         bound = 1.0 / math.sqrt(k)  # torch's kaiming_uniform_ with a=√5 and fan_in=K
-        a = jax.vmap(lambda key: jax.random.uniform(key, a.shape[1:], jnp.float32, -bound, bound))(
-            keys
-        )
+        # 2u - 1 is exact, so the one rounding that is left is the same in every compiled program
+        u = jax.vmap(lambda key: jax.random.uniform(key, a.shape[1:], jnp.float32))(keys)
+        a = (2.0 * u - 1.0) * bound
     return jnp.where(used[:, None, :], a, 0.0), jnp.where(used[:, :, None], b, 0.0)
 
 
@@ -200,16 +201,15 @@ def effect(
     """y + s · (x a) b in y's dtype; the products take y's dtype and accumulate in fp32."""
     a, b = leaves["a"].astype(y.dtype), leaves["b"].astype(y.dtype)
     if placement.site.kind == "embed":
-        h = jnp.take(a, x, axis=0)
-    else:
-        x = x.astype(y.dtype)
-        rate = placement.spec.dropout
-        if rate and key is not None:
-            keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-            x = jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
-        h = x @ a
-    h = (h.astype(jnp.float32) * leaves["scale"]).astype(y.dtype)
-    return y + h @ b
+        h = jnp.take(a, x, axis=0).astype(jnp.float32) * leaves["scale"]
+        return y + h.astype(y.dtype) @ b
+    x = x.astype(y.dtype)
+    rate = placement.spec.dropout
+    if rate and key is not None:
+        keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+        x = jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
+    tokens = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return y + low_rank(tokens, a, b, leaves["scale"]).reshape(y.shape)
 
 
 def delta(leaves: Leaves, placement: Placement) -> jax.Array:

@@ -4,7 +4,7 @@ Module paths are those of the Hugging Face checkpoint without the layer number. 
 adapters or quantization: projections are ``nn.Dense``, the embedding is ``nn.Embed``.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import jax
@@ -19,7 +19,8 @@ from jqlora.models.norm import RMSNorm
 from jqlora.models.outputs import CausalLMOutput, KVCache
 from jqlora.models.preparation import append, attending_for
 
-Remat = Literal["none", "full"]
+Remat = Literal["none", "dots", "full"]
+POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
 
 
 class MLP(nn.Module):
@@ -89,7 +90,7 @@ class LlamaModel(nn.Module):
 
     def setup(self) -> None:
         for name, value, accepted in (
-            ("remat", self.remat, ("none", "full")),
+            ("remat", self.remat, get_args(Remat)),
             ("attention", self.attention, ("auto", "xla", "cudnn")),
         ):
             if value not in accepted:
@@ -103,8 +104,8 @@ class LlamaModel(nn.Module):
             **types,
         )
         layer: Any = DecoderLayer
-        if self.remat == "full":
-            layer = nn.remat(layer, prevent_cse=not self.scan)
+        if self.remat != "none":
+            layer = nn.remat(layer, prevent_cse=not self.scan, policy=POLICIES[self.remat])
         if self.scan:
             layer = nn.scan(
                 layer,
@@ -148,8 +149,8 @@ class LlamaForCausalLM(nn.Module):
 
     ``scan`` stacks the layers' parameters on a lead axis [L] under ``layers`` (compile time does
     not grow with depth); without it they live under ``layers_0``, ``layers_1``, ... . ``remat``
-    "full" keeps only each layer's input for the backward pass. ``attention`` "auto" is cuDNN for
-    half-precision calls on a GPU and XLA elsewhere.
+    "full" keeps only each layer's input for the backward pass, "dots" the projections' outputs
+    too. ``attention`` "auto" is cuDNN for half-precision calls on a GPU and XLA elsewhere.
     """
 
     config: LlamaConfig

@@ -1,0 +1,44 @@
+"""``s · (x a) b`` with a gradient rule that never transposes an activation.
+
+Left to automatic differentiation, the gradients of ``a`` and ``b`` contract the token axis with
+the wide operand on the left, and XLA copies every [M, K] activation into its transpose first, which
+on a CPU costs as much as the products. Here the narrow operand, [M, R], is the one that is turned.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+@jax.custom_vjp
+def low_rank(x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
+    """``x`` [M, K], ``a`` [K, R], ``b`` [R, N] of one dtype, ``scale`` fp32 []: [M, N] in it.
+
+    Products accumulate in fp32 and are rounded to that dtype. ``scale`` is a constant: its
+    cotangent is zero.
+    """
+    return forward(x, a, b, scale)[0]
+
+
+def forward(x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array):
+    """The product, and what its gradient needs."""
+    h = (contract(x, a, 1, 0) * scale).astype(x.dtype)
+    return contract(h, b, 1, 0).astype(x.dtype), (x, a, b, h, scale)
+
+
+def backward(residuals, g: jax.Array):
+    """Cotangents of ``x``, ``a`` and ``b``."""
+    x, a, b, h, scale = residuals
+    gh = (contract(g, b, 1, 1) * scale).astype(x.dtype)
+    dx = contract(gh, a, 1, 1).astype(x.dtype)
+    da = contract(gh, x, 0, 0).T.astype(a.dtype)
+    db = contract(h, g, 0, 0).astype(b.dtype)
+    return dx, da, db, jnp.zeros_like(scale)
+
+
+def contract(x: jax.Array, y: jax.Array, i: int, j: int) -> jax.Array:
+    """Axis ``i`` of one matrix with axis ``j`` of another, in fp32."""
+    return lax.dot_general(x, y, (((i,), (j,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+low_rank.defvjp(forward, backward)
