@@ -111,22 +111,12 @@ def init(key: jax.Array, plan: Plan, params: Params | None = None) -> dict[str, 
     return unflatten(flat)
 
 
-def penalty(plan: Plan, adapters: Adapters) -> jax.Array:
-    """What the plan's methods ask to be minimized beside the loss: an fp32 scalar, 0 for LoRA."""
-    total = jnp.zeros((), jnp.float32)
-    for placement in plan.placements:
-        method = method_of(placement.spec)
-        leaves = _at(adapters[method.collection], placement.site.path)
-        total = total + method.penalty(leaves, placement)
-    return total
-
-
 def dense(leaf: Any) -> jax.Array:
     """The matrix that a leaf of ``params`` stands for."""
     return leaf.dequantize() if isinstance(leaf, QTensor) else leaf
 
 
-def bind(model: nn.Module, plan: Plan | None = None) -> Callable[..., Any]:
+def bind(model: nn.Module, plan: Plan | None = None) -> "Bound":
     """A pure function ``apply(variables, *args, key=None, **kwargs)`` that interprets ``model``.
 
     ``variables`` is ``{"params": base, **adapters}``; further collections pass to the model as
@@ -139,20 +129,28 @@ def bind(model: nn.Module, plan: Plan | None = None) -> Callable[..., Any]:
     >>> apply = bind(model, plan)                                   # doctest: +SKIP
     >>> apply({"params": params, **adapters}, input_ids).logits     # doctest: +SKIP
     """
-    placements = () if plan is None else plan.placements
-    by_path: dict[Path, list[Placement]] = {}
-    for placement in placements:
-        by_path.setdefault(placement.site.path, []).append(placement)
-    planned = {method_of(p.spec).collection for p in placements}
-    planned |= {FULL} if plan is not None and plan.full else set()
+    return Bound(model, Plan(()) if plan is None else plan)
 
-    def apply(variables: Variables, *args: Any, key: jax.Array | None = None, **kwargs: Any) -> Any:
-        _check_collections(variables, planned)
-        grafted, quantized = _graft(variables, placements, key)
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Bound:
+    """What :func:`bind` returns: the function, with what its plan asks of training."""
+
+    model: nn.Module
+    plan: Plan
+
+    def __call__(
+        self, variables: Variables, *args: Any, key: jax.Array | None = None, **kwargs: Any
+    ) -> Any:
+        _check_collections(variables, self.plan)
+        grafted, quantized = _graft(variables, self.plan.placements, key)
         others = {n: v for n, v in variables.items() if n != "params" and n not in _OURS}
+        by_path: dict[Path, list[Placement]] = {}
+        for placement in self.plan.placements:
+            by_path.setdefault(placement.site.path, []).append(placement)
         interpreter = _Interpreter(by_path, quantized)
         with nn.intercept_methods(interpreter):
-            result = model.apply({"params": grafted, **others}, *args, **kwargs)
+            result = self.model.apply({"params": grafted, **others}, *args, **kwargs)
         if missed := sorted(".".join(path) for path in by_path.keys() - interpreter.reached):
             raise AdapterNotReached(
                 f"the trace never called {', '.join(missed)}, so their adapters would be lost: a "
@@ -160,13 +158,24 @@ def bind(model: nn.Module, plan: Plan | None = None) -> Callable[..., Any]:
             )
         return result
 
-    return apply
+    def penalty(self, adapters: Adapters) -> jax.Array:
+        """What the plan's methods ask to be minimized beside the loss: fp32 scalar, 0 for LoRA."""
+        total = jnp.zeros((), jnp.float32)
+        for spec in dict.fromkeys(placement.spec for placement in self.plan.placements):
+            method = method_of(spec)
+            if method.penalty is not None:
+                placements = [p for p in self.plan.placements if p.spec == spec]
+                leaves = [_at(adapters[method.collection], p.site.path) for p in placements]
+                total = total + method.penalty(leaves, placements)
+        return total
 
 
 _OURS = COLLECTIONS | {FULL}
 
 
-def _check_collections(variables: Variables, planned: set[str]) -> None:
+def _check_collections(variables: Variables, plan: Plan) -> None:
+    planned = {method_of(placement.spec).collection for placement in plan.placements}
+    planned |= {FULL} if plan.full else set()
     given = _OURS & set(variables)
     if missing := sorted(planned - given):
         raise ValueError(f"variables lack the planned collections {missing}: pass **adapters")

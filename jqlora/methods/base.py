@@ -74,8 +74,9 @@ class Method:
         constants included; ``key`` is for dropout, None when deterministic.
     ``delta(leaves, placement)``
         What the adapter adds to the matrix, fp32 ``[*lead, K, N]``; None where it cannot be merged.
-    ``penalty(leaves, placement)``
-        A term of the loss that the method asks for, fp32 scalar.
+    ``penalty(leaves, placements)``
+        A term of the loss that the method asks for: an fp32 scalar over all placements of one
+        spec, whose leaves are given in the same order. None where it asks for none.
     """
 
     collection: str
@@ -85,7 +86,7 @@ class Method:
     constants: Callable[[Placement], dict[str, Any]]
     effect: Callable[[jax.Array, jax.Array, Leaves, Placement, jax.Array | None], jax.Array]
     delta: Callable[[Leaves, Placement], jax.Array | None]
-    penalty: Callable[[Leaves, Placement], jax.Array]
+    penalty: Callable[[Sequence[Leaves], Sequence[Placement]], jax.Array] | None = None
 
 
 def frozen_names(value: str | Sequence[str], *, keep_string: bool) -> str | tuple[str, ...]:

@@ -219,12 +219,6 @@ def delta(leaves: Leaves, placement: Placement) -> jax.Array:
     return jnp.matmul(a * scale, b, precision=jax.lax.Precision.HIGHEST)
 
 
-def penalty(leaves: Leaves, placement: Placement) -> jax.Array:
-    """Zero: LoRA asks for no term in the loss."""
-    del leaves, placement
-    return jnp.zeros((), jnp.float32)
-
-
 METHOD = Method(
     collection="lora",
     check=check,
@@ -233,5 +227,4 @@ METHOD = Method(
     constants=constants,
     effect=effect,
     delta=delta,
-    penalty=penalty,
 )

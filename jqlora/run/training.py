@@ -26,7 +26,6 @@ from jqlora.train.directory import RunDirectory
 from jqlora.train.evaluate import Evaluation
 from jqlora.train.loop import Every, Fit, fit, log_evaluations
 from jqlora.train.metrics import MetricsLog, read_metrics
-from jqlora.train.penalty import plan_penalty
 from jqlora.train.progress import Progress
 from jqlora.train.report import write_report
 from jqlora.train.state import TrainState
@@ -106,9 +105,7 @@ def _train(config: RunConfig, run: RunDirectory, prepared: Prepared, say: Say) -
         result = fit(
             state,
             session.params,
-            step=make_train_step(
-                apply, tx, accumulate=config.train.accumulate, penalty=plan_penalty(session.plan)
-            ),
+            step=make_train_step(apply, tx, accumulate=config.train.accumulate),
             batches=data.loader,
             total_steps=total,
             every=Every(

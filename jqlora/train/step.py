@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from jqlora.errors import ConfigError
+from jqlora.methods import METHODS
 from jqlora.train.loss import Batch, causal_lm_loss
 from jqlora.train.state import TrainState
 from jqlora.types import Adapters, Params
@@ -29,22 +30,24 @@ def make_train_step(
     *,
     accumulate: int = 1,
     loss: Callable[..., tuple[jax.Array, jax.Array]] = causal_lm_loss,
-    penalty: Callable[[Adapters], jax.Array] | None = None,
 ) -> Step:
     """A jitted ``step(state, params, batch) -> (state, metrics)`` that donates ``state``.
 
-    ``apply`` is what ``jq.bind`` returned. Leaves of ``batch`` have one leading batch axis, which
-    ``accumulate`` must divide; the step cuts it into that many micro-batches and scans over them.
+    ``apply`` is what ``jq.bind`` returned; what its plan's methods want minimized beside the loss,
+    ``apply.penalty``, counts once per update and is reported apart. Leaves of ``batch`` have one
+    leading batch axis, which ``accumulate`` must divide; the step cuts it into that many
+    micro-batches and scans over them.
     ``loss(apply, variables, batch, key)`` returns a sum and the count to divide it by.
-    ``penalty(adapters)`` is minimized beside the loss, once per update, and reported apart.
 
     ``metrics`` are fp32 scalars: ``loss`` (mean over the counted tokens), ``penalty``,
     ``grad_norm`` (before clipping) and ``tokens`` (how many were counted). A batch that counts no
     token has loss zero and moves nothing but moments and decay.
 
     Dropout's keys are the state's key folded with the step and the micro-batch: a resumed run draws
-    the same ones. Raises ``ConfigError`` at the first call when ``accumulate`` does not divide.
+    the same ones. Raises ``ConfigError`` at the first call when ``accumulate`` does not divide, or
+    when ``apply`` is a wrapper that lost the penalty of the adapters' method.
     """
+    penalty = getattr(apply, "penalty", None)
 
     def summed_loss(adapters, params, batch, key):
         return loss(apply, {"params": params, **adapters}, batch, key)
@@ -70,7 +73,9 @@ def make_train_step(
         gradients = jax.tree.map(lambda g: g * share.astype(g.dtype), gradients)
 
         extra = zero
-        if penalty is not None:
+        if penalty is None:
+            check_nothing_lost(state.adapters)
+        else:
             extra, more = jax.value_and_grad(penalty)(state.adapters)
             gradients = jax.tree.map(jnp.add, gradients, more)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and floats
@@ -85,6 +90,16 @@ def make_train_step(
         return TrainState(state.step + 1, adapters, opt_state, state.key), metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def check_nothing_lost(adapters: Adapters) -> None:
+    """Raise where a method of ``adapters`` has a penalty, which a bare function cannot know of."""
+    asking = {m.collection for m in METHODS.values() if m.penalty is not None}
+    if lost := sorted(asking & set(adapters)):
+        raise ConfigError(
+            f"apply lost the penalty that {', '.join(lost)} asks for: give make_train_step what "
+            "jq.bind returned, not a function around it"
+        )
 
 
 def split_batch(batch: Batch, parts: int) -> dict[str, jax.Array]:

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from jqlora.attach import bind, dense, init, penalty, plan
+from jqlora.attach import bind, dense, init, plan
 from jqlora.errors import NoSiteMatched
 from jqlora.io.peft import load_adapter, save_adapter
 from jqlora.merging import merge
@@ -209,9 +209,7 @@ def test_training_learns_a_planted_target_leaves_params_alone_and_compiles_once(
         return (error**2).mean(), jnp.ones(())
 
     tx = optax.adam(2e-2)
-    step = make_train_step(
-        bind(case.model, case.plan), tx, loss=loss, penalty=functools.partial(penalty, case.plan)
-    )
+    step = make_train_step(bind(case.model, case.plan), tx, loss=loss)
     state = TrainState.create(jax.tree.map(jnp.array, case.start), tx, jax.random.key(2))
     losses, first = [], 0
     for _ in range(30):
