@@ -1,4 +1,4 @@
-"""Decoding packed 4-bit codes: the definition.
+"""Decoding 4-bit and 8-bit codes: the definition.
 
 ``value = round(codebook[code] * scale)``: the product in fp32, rounded once to the wanted dtype.
 
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jqlora_kernels.packing import codes_per_byte, unpack
 from jqlora_kernels.scales import Nested, decode_scales, look_up
 
 
@@ -26,13 +27,14 @@ def dequantize_blockwise(
 ) -> jax.Array:
     """Values [*lead, rows, columns]; with ``index`` those of one element of the one lead axis.
 
-    ``codes`` uint8 [*lead, rows, ceil(columns/2)], element 2j in the high nibble; ``scales``
-    [*lead, rows, ceil(columns/block)], f32 or, with ``nested``, uint8; ``codebook`` f32 [16].
+    ``codebook`` f32 [16] goes with ``codes`` uint8 [*lead, rows, ceil(columns/2)], element 2j in
+    the high nibble; f32 [256] with one code to a byte, [*lead, rows, columns]. ``scales``
+    [*lead, rows, ceil(columns/block)] is f32 or, with ``nested``, uint8.
     """
     codes, scales, nested = select(codes, scales, nested, index)
-    nibbles = jnp.stack([codes >> 4, codes & 15], axis=-1)
-    nibbles = nibbles.reshape(*codes.shape[:-1], 2 * codes.shape[-1])[..., :columns]
-    values = look_up(codebook, nibbles)
+    if codes_per_byte(codebook) == 2:
+        codes = unpack(codes)[..., :columns]
+    values = look_up(codebook, codes)
     return scale_blocks(values, decode_scales(scales, nested), block).astype(dtype)
 
 
