@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jqlora.attach import dense, override
 from jqlora.errors import MergeError
 from jqlora.methods import FULL, Placement, Plan, method_of
-from jqlora.quant import QTensor, quantize
+from jqlora.quant import QTensor, quantize, with_layout
 from jqlora.tree import flatten, unflatten
 from jqlora.types import Adapters, Params
 
@@ -83,7 +83,8 @@ def requantize(merged: Params, like: Params) -> tuple[dict[str, Any], dict[str, 
         if not isinstance(original, QTensor):
             flat[path] = leaf
             continue
-        flat[path] = quantize(leaf, original.spec, dtype=original.dtype)
+        stored = quantize(leaf, original.spec, dtype=original.dtype)
+        flat[path] = with_layout(stored, original.layout)
         errors[".".join(path[:-1])] = float(_relative_error(leaf, flat[path]))
     return unflatten(flat), errors
 

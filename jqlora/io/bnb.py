@@ -22,10 +22,13 @@ import numpy as np
 from jqlora.errors import CheckpointError, ConfigError
 from jqlora.io.readers import TensorInfo, TensorReader
 from jqlora.quant import BlockQuant, NestedScales, QTensor, dynamic_map, leaf_shapes
+from jqlora.quant.layout import with_layout
 from jqlora.quant.schemes import SCHEMES, scheme_of
+from jqlora_kernels.layouts import BITSANDBYTES
 
 _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _GROUP = 256  # scales under one second-level absmax, in QTensor and in what bitsandbytes writes
+FOUR_BIT = tuple(name for name, row in SCHEMES.items() if row.codes_per_byte == 2)
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -53,7 +56,7 @@ def state_name(name: str, scheme: str) -> str:
 
 def part_names(name: str) -> list[str]:
     """Every name, beside its own, under which parts of the weight ``name`` may be stored."""
-    return [*(f"{name}.{part}" for part in _PARTS), *(state_name(name, s) for s in SCHEMES)]
+    return [*(f"{name}.{part}" for part in _PARTS), *(state_name(name, s) for s in FOUR_BIT)]
 
 
 def find_stored(reader: TensorReader, name: str, present: Set[str]) -> StoredQuant | None:
@@ -62,7 +65,7 @@ def find_stored(reader: TensorReader, name: str, present: Set[str]) -> StoredQua
     ``present`` are the reader's names. Raises CheckpointError naming file and tensor if the parts
     are incomplete or disagree.
     """
-    keys = [key for s in SCHEMES if (key := state_name(name, s)) in present]
+    keys = [key for s in FOUR_BIT if (key := state_name(name, s)) in present]
     if not keys:
         return None
     where = f"{reader.where(name)}: quantized tensor {name!r}"
@@ -135,7 +138,11 @@ def file_infos(name: str, matrix_shape: tuple[int, int], spec: BlockQuant) -> di
 
 
 def encode(name: str, q: QTensor) -> dict[str, np.ndarray]:
-    """All parts of one matrix (no lead axes) under their names in the file."""
+    """All parts of one matrix (no lead axes) under their names in the file.
+
+    Files know bitsandbytes' layout alone: another one is undone.
+    """
+    q = with_layout(q, BITSANDBYTES)
     infos = file_infos(name, q.matrix_shape, q.spec)
     inputs, outputs = q.matrix_shape
     state: dict[str, Any] = {

@@ -1,14 +1,16 @@
-"""Block-quantized storage: NF4 and FP4, with bitsandbytes' own bytes."""
+"""Block-quantized storage: NF4, FP4 and INT8, with bitsandbytes' own codes."""
 
-from jqlora.quant.codebooks import dynamic_map, fp4_codebook, nf4_codebook
+from jqlora.quant.codebooks import dynamic_map, fp4_codebook, linear_map, nf4_codebook
+from jqlora.quant.layout import params_with_layout, with_layout
 from jqlora.quant.matmul import quantized_matmul
 from jqlora.quant.params import Footprint, footprint, is_quantized_path, quantize_params
 from jqlora.quant.qtensor import NestedScales, QTensor, is_qtensor, leaf_shapes
 from jqlora.quant.quantize import empty, quantize, quantize_rows
-from jqlora.quant.spec import FP4, NF4, BlockQuant
+from jqlora.quant.spec import FP4, INT8, NF4, BlockQuant
 
 __all__ = [
     "FP4",
+    "INT8",
     "NF4",
     "BlockQuant",
     "Footprint",
@@ -21,9 +23,12 @@ __all__ = [
     "is_qtensor",
     "is_quantized_path",
     "leaf_shapes",
+    "linear_map",
     "nf4_codebook",
+    "params_with_layout",
     "quantize",
     "quantize_params",
     "quantize_rows",
     "quantized_matmul",
+    "with_layout",
 ]

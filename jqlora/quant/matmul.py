@@ -29,5 +29,7 @@ def quantized_matmul(x: jax.Array, q: QTensor, index: jax.Array | None = None) -
             "one lead axis with an index, or none without"
         )
     rows = x.reshape(math.prod(x.shape[:-1]), inputs)
-    y = multiply(rows, *q.kernel_operands(), index, block=q.block, features=outputs)
+    y = multiply(
+        rows, *q.kernel_operands(), index, block=q.block, features=outputs, layout=q.layout
+    )
     return y.reshape(*x.shape[:-1], outputs)

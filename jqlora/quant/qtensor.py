@@ -1,4 +1,4 @@
-"""A matrix stored as 4-bit codes, and still a leaf of the parameter tree."""
+"""A matrix stored as 4-bit or 8-bit codes, and still a leaf of the parameter tree."""
 
 import math
 from typing import Any
@@ -10,9 +10,10 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jqlora.quant.codebooks import dynamic_map
-from jqlora.quant.schemes import SCHEMES
+from jqlora.quant.schemes import SCHEMES, scheme_of
 from jqlora.quant.spec import BlockQuant
 from jqlora_kernels.dequantize_blockwise import dequantize_blockwise
+from jqlora_kernels.layouts import BITSANDBYTES
 from jqlora_kernels.scales import GROUP, Nested
 
 
@@ -39,7 +40,9 @@ class QTensor:
       bitsandbytes and Hugging Face files, so that codes move between them as they are.
     * Blocks run over W in row-major order. If they end with the rows (K a multiple of ``block``),
       (rows, columns) is (N, K); if not, it is (1, N*K).
-    * ``codes`` is uint8 [*lead, rows, ceil(columns/2)], element 2j in the high nibble of byte j.
+    * ``codes`` is uint8 [*lead, rows, ceil(columns/2)], element 2j in the high nibble of byte j; in
+      another ``layout`` than bitsandbytes' the nibbles of each row are permuted, see ``layouts``.
+    * ``codes`` of 8 bits (int8) are one to a byte instead: uint8 [*lead, rows, columns].
     * ``scales`` is f32 [*lead, rows, ceil(columns/block)]; with ``nested`` it is uint8, the codes
       of scales. Second-level groups run over the scales of one matrix.
     * Every array leaf starts with the same lead axes. Leaves may be ``ShapeDtypeStruct``.
@@ -52,6 +55,7 @@ class QTensor:
     block: int = flax.struct.field(pytree_node=False)
     matrix_shape: tuple[int, int] = flax.struct.field(pytree_node=False)
     dtype: Any = flax.struct.field(pytree_node=False)
+    layout: str = flax.struct.field(pytree_node=False, default=BITSANDBYTES)
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -89,7 +93,7 @@ class QTensor:
 
     @property
     def codebook(self) -> np.ndarray:
-        """fp32 [16]: the value of every code."""
+        """fp32 [16] or [256]: the value of every code."""
         return SCHEMES[self.scheme].codebook()
 
     def kernel_operands(self) -> tuple[jax.Array, jax.Array, jax.Array, Nested | None]:
@@ -108,6 +112,7 @@ class QTensor:
             block=self.block,
             columns=inputs * outputs // rows,
             dtype=self.dtype if dtype is None else dtype,
+            layout=self.layout,
         )
         return values.reshape(*self.lead, outputs, inputs)
 
@@ -139,7 +144,7 @@ def leaf_shapes(matrix_shape: tuple[int, int], spec: BlockQuant) -> dict[str, tu
     columns = inputs * outputs // rows
     blocks = -(-columns // spec.block)
     return {
-        "codes": (rows, -(-columns // 2)),
+        "codes": (rows, -(-columns // scheme_of(spec).codes_per_byte)),
         "scales": (rows, blocks),
         "absmax": (-(-rows * blocks // GROUP),),
     }

@@ -5,7 +5,7 @@ import functools
 import jax
 from jax.typing import DTypeLike
 
-from jqlora_kernels import dispatch
+from jqlora_kernels import dispatch, layouts
 from jqlora_kernels.dequantize_blockwise import pallas_triton, reference
 from jqlora_kernels.scales import Nested
 
@@ -20,19 +20,24 @@ def dequantize_blockwise(
     block: int,
     columns: int,
     dtype: DTypeLike,
+    layout: str = layouts.BITSANDBYTES,
     backend: str | None = None,
 ) -> jax.Array:
     """Values [*lead, rows, columns]; see ``reference.dequantize_blockwise`` for the operands.
 
     ``backend``: "reference", "triton", "triton_interpret" (the same kernel emulated on a CPU), or
-    None for the platform's choice. Raises what ``dispatch.run`` raises.
+    None for the platform's choice. ``layout`` is one of ``layouts.LAYOUTS``. Raises what
+    ``dispatch.run`` raises.
     """
     operands = (codes, scales, codebook, nested, index)
     static = {"block": block, "columns": columns, "dtype": dtype}
     kernel = functools.partial(pallas_triton.dequantize_blockwise, *operands, **static)
+    kernel = layouts.only_bitsandbytes(kernel, layout)
     backends = {
         "triton": kernel,
         "triton_interpret": functools.partial(kernel, interpret=True),
-        "reference": functools.partial(reference.dequantize_blockwise, *operands, **static),
+        "reference": functools.partial(
+            reference.dequantize_blockwise, *operands, **static, layout=layout
+        ),
     }
     return dispatch.run("dequantize_blockwise", backends, backend)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jqlora_kernels.layouts import BITSANDBYTES, repack
 from jqlora_kernels.packing import codes_per_byte, unpack
 from jqlora_kernels.scales import Nested, decode_scales, look_up
 
@@ -24,14 +25,18 @@ def dequantize_blockwise(
     block: int,
     columns: int,
     dtype: DTypeLike,
+    layout: str = BITSANDBYTES,
 ) -> jax.Array:
     """Values [*lead, rows, columns]; with ``index`` those of one element of the one lead axis.
 
     ``codebook`` f32 [16] goes with ``codes`` uint8 [*lead, rows, ceil(columns/2)], element 2j in
     the high nibble; f32 [256] with one code to a byte, [*lead, rows, columns]. ``scales``
     [*lead, rows, ceil(columns/block)] is f32 or, with ``nested``, uint8.
+    ``layout`` is that of the codes: another than bitsandbytes' is undone first, at the price of a
+    copy of the codes of the one element.
     """
     codes, scales, nested = select(codes, scales, nested, index)
+    codes = repack(codes, layout, BITSANDBYTES)
     if codes_per_byte(codebook) == 2:
         codes = unpack(codes)[..., :columns]
     values = look_up(codebook, codes)

@@ -6,6 +6,7 @@ The matrix is stored by output rows, (N, K), and both products contract it where
 Decoding need not put the two nibbles of a byte side by side: high nibbles are the even columns, low
 nibbles the odd ones, and the product is the sum of two halves. On a CPU that takes a half to a
 quarter of the time that interleaving costs (the decode vectorizes, and no copy joins the halves).
+Codes of 8 bits are one part, every column of it.
 """
 
 import jax
@@ -14,6 +15,8 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jqlora_kernels.dequantize_blockwise import reference as decode
+from jqlora_kernels.layouts import BITSANDBYTES, repack
+from jqlora_kernels.packing import codes_per_byte
 from jqlora_kernels.scales import Nested, decode_scales, look_up
 
 
@@ -27,19 +30,23 @@ def quantized_matmul(
     *,
     block: int,
     features: int,
+    layout: str = BITSANDBYTES,
 ) -> jax.Array:
     """``x`` [M, K] times the decoded matrix (N = ``features`` rows of K): [M, N] in ``x.dtype``.
 
     ``codes`` uint8 [N, K/2] and ``scales`` [N, K/block] if K is a multiple of ``block``; otherwise
-    [1, ceil(N*K/2)] and [1, ceil(N*K/block)], blocks running on from row to row. Weights are
-    rounded to ``x.dtype``, products accumulate in fp32.
+    [1, ceil(N*K/2)] and [1, ceil(N*K/block)], blocks running on from row to row; codes for a
+    ``codebook`` of 256 are one to a byte, [N, K] or [1, N*K]. Weights are
+    rounded to ``x.dtype``, products accumulate in fp32. ``layout`` as in ``dequantize_blockwise``.
     """
     codes, scales, nested = decode.select(codes, scales, nested, index)
+    codes = repack(codes, layout, BITSANDBYTES)
     if x.shape[1] % block:
         shape = (features, x.shape[1])
         return contract(x, flat_rows(codes, scales, codebook, nested, block, shape, x.dtype), 1)
-    even, odd = even_odd_columns(codes, scales, codebook, nested, block, x.dtype)
-    return (product(x[:, 0::2], even, 1) + product(x[:, 1::2], odd, 1)).astype(x.dtype)
+    parts = column_parts(codes, scales, codebook, nested, block, x.dtype)
+    products = [product(x[:, i :: len(parts)], part, 1) for i, part in enumerate(parts)]
+    return sum(products[1:], products[0]).astype(x.dtype)
 
 
 def transposed(
@@ -52,6 +59,7 @@ def transposed(
     *,
     block: int,
     features: int,
+    layout: str = BITSANDBYTES,
 ) -> jax.Array:
     """``g`` [M, N] times the decoded matrix the other way round: [M, K = ``features``].
 
@@ -60,12 +68,13 @@ def transposed(
     """
     codes, scales, nested = decode.select(codes, scales, nested, index)
     codes, g = lax.optimization_barrier((codes, g))
+    codes = repack(codes, layout, BITSANDBYTES)
     if features % block:
         shape = (g.shape[1], features)
         return contract(g, flat_rows(codes, scales, codebook, nested, block, shape, g.dtype), 0)
-    pair = even_odd_columns(codes, scales, codebook, nested, block, g.dtype)
-    halves = [contract(g, weight, 0) for weight in pair]
-    return jnp.stack(halves, axis=-1).reshape(g.shape[0], features)
+    parts = column_parts(codes, scales, codebook, nested, block, g.dtype)
+    products = [contract(g, part, 0) for part in parts]
+    return jnp.stack(products, axis=-1).reshape(g.shape[0], features)
 
 
 def contract(x: jax.Array, weight: jax.Array, axis: int) -> jax.Array:
@@ -79,7 +88,7 @@ def product(x: jax.Array, weight: jax.Array, axis: int) -> jax.Array:
     return lax.dot_general(x, weight, axes, preferred_element_type=jnp.float32)
 
 
-def even_odd_columns(
+def column_parts(
     codes: jax.Array,
     scales: jax.Array,
     codebook: jax.Array,
@@ -87,11 +96,12 @@ def even_odd_columns(
     block: int,
     dtype: DTypeLike,
 ) -> list[jax.Array]:
-    """The even columns of the decoded matrix and its odd columns, [N, K/2] each."""
+    """The even columns of the decoded matrix and its odd columns, [N, K/2] each, or it whole."""
     per_block = decode_scales(scales, nested)
+    parts = (codes >> 4, codes & 15) if codes_per_byte(codebook) == 2 else (codes,)
     return [
-        decode.scale_blocks(look_up(codebook, nibbles), per_block, block // 2).astype(dtype)
-        for nibbles in (codes >> 4, codes & 15)
+        decode.scale_blocks(look_up(codebook, part), per_block, block // len(parts)).astype(dtype)
+        for part in parts
     ]
 
 
