@@ -23,11 +23,12 @@ if TYPE_CHECKING:
     )
     from jqlora.merging import merge
     from jqlora.methods import LoRA, Plan
-    from jqlora.quant import FP4, NF4, QTensor, footprint, quantize_params
+    from jqlora.quant import FP4, INT8, NF4, QTensor, footprint, quantize_params
     from jqlora.train import TrainState, make_train_step
 
 __all__ = [
     "FP4",
+    "INT8",
     "NF4",
     "LoRA",
     "Plan",
@@ -64,7 +65,7 @@ _HOMES = {
     ),
     "jqlora.merging": ("merge",),
     "jqlora.methods": ("LoRA", "Plan"),
-    "jqlora.quant": ("FP4", "NF4", "QTensor", "footprint", "quantize_params"),
+    "jqlora.quant": ("FP4", "INT8", "NF4", "QTensor", "footprint", "quantize_params"),
     "jqlora.train": ("TrainState", "make_train_step"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

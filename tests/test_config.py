@@ -74,7 +74,7 @@ REFUSED = {
     "train.betas=[0.9]": ["train.betas=[0.9]", "too few"],
     "train=3": ["train", "section", "3"],
     "model.quantize=nf4": ["model.quantize", "section", "'nf4'"],
-    "model.quantize.scheme=int4": ["model.quantize.scheme='int4'", "'nf4' or 'fp4'"],
+    "model.quantize.scheme=int4": ["model.quantize.scheme='int4'", "'nf4', 'fp4' or 'int8'"],
     "model.quantize.block=65": ["model.quantize.block=65", "64"],
     "model.source=null": ["model.source=None", "valid string"],
     "method.targets=[q_proj, 3]": ["method.targets=['q_proj', 3]", "valid string"],

@@ -16,12 +16,15 @@ EXAMPLES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Source, target, and how to store."""
-    from jqlora.cli.shared import SCHEMES
+    from jqlora.cli.shared import FILE_SCHEMES
 
     parser.add_argument("model", metavar="MODEL", help="any source that jqlora loads")
     parser.add_argument("out", metavar="OUT", help="directory to write")
     parser.add_argument(
-        "--scheme", default="nf4-dq", choices=SCHEMES, help="default nf4-dq (double quantization)"
+        "--scheme",
+        default="nf4-dq",
+        choices=FILE_SCHEMES,
+        help="default nf4-dq (double quantization)",
     )
     parser.add_argument("--block", type=int, default=64, help="weights that share a scale")
     parser.add_argument(

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from jqlora.quant import BlockQuant
     from jqlora.run import Outcome
 
-SCHEMES = ("nf4", "nf4-dq", "fp4", "fp4-dq")
+FILE_SCHEMES = ("nf4", "nf4-dq", "fp4", "fp4-dq")
+SCHEMES = (*FILE_SCHEMES, "int8", "int8-dq")
 
 
 def config_of(words: Sequence[str]) -> "RunConfig":
@@ -58,7 +59,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--adapter", metavar="DIR", help="an adapter in PEFT's format")
     parser.add_argument(
-        "--quantize", choices=SCHEMES, help="store the base in 4 bits (dq: double quantization)"
+        "--quantize",
+        choices=SCHEMES,
+        help="store the base in 4 or 8 bits (dq: double quantization)",
     )
     parser.add_argument(
         "--dtype",

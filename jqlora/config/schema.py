@@ -22,12 +22,12 @@ STRICT = ConfigDict(extra="forbid", strict=True)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantizeConfig:
-    """How the frozen base is stored in 4 bits."""
+    """How the frozen base is stored in 4 or 8 bits."""
 
     __pydantic_config__ = STRICT
 
-    scheme: Literal["nf4", "fp4"] = "nf4"
-    """The 16 levels: normal-float (QLoRA's) or float."""
+    scheme: Literal["nf4", "fp4", "int8"] = "nf4"
+    """The levels: 16 of normal-float (QLoRA's) or of float, or 8-bit integers."""
     block: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
     """How many weights share one scale."""
     double_quant: bool = True
@@ -45,7 +45,7 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the computation and of unquantized weights; auto is float32 on CPUs, else bfloat16."""
     quantize: QuantizeConfig | None = None
-    """Store the linear layers in 4 bits; null keeps them whole."""
+    """Store the linear layers as codes; null keeps them whole."""
     remat: Literal["none", "dots", "full"] = "dots"
     """What the backward pass recomputes: ``dots`` all but products, ``full`` whole layers."""
     attention: Literal["auto", "xla", "cudnn"] = "auto"

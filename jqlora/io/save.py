@@ -74,12 +74,18 @@ def quantization_config(
 ) -> dict[str, Any]:
     """What transformers needs to know of the quantized weights ``specs``, by name.
 
-    Raises CheckpointError if they are of several kinds, which one config cannot say.
+    Raises CheckpointError if they are of several kinds, which one config cannot say, or of one that
+    bitsandbytes' files have no place for.
     """
     kinds = {(scheme_of(spec).name, spec.double_quant) for spec in specs.values()}
     if len(kinds) > 1:
         raise CheckpointError(f"weights of several kinds, {sorted(kinds)}, cannot share a config")
     scheme, double_quant = kinds.pop()
+    if scheme not in bnb.FOUR_BIT:
+        raise CheckpointError(
+            f"{scheme} weights are kept in memory alone: files hold "
+            f"{' or '.join(bnb.FOUR_BIT)}, or dense weights (quantize after loading them)"
+        )
     kept = [
         item.hf.removesuffix(".weight")
         for item in names

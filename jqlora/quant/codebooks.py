@@ -1,4 +1,4 @@
-"""The tables behind the 4-bit types, derived from their definitions.
+"""The tables behind the stored types, derived from their definitions.
 
 Checkpoints store codes, so a table that is off by one bit reads every published 4-bit model
 slightly wrong. Each table is therefore computed the way its definition was first evaluated (single
@@ -60,20 +60,33 @@ def fp4_codebook() -> np.ndarray:
 
 
 @cache
-def dynamic_map() -> np.ndarray:
-    """The signed 8-bit dynamic data type: fp32 [256], ascending, 0 at code 127 and 1 at code 255.
+def dynamic_map(*, signed: bool = True) -> np.ndarray:
+    """The 8-bit dynamic data type: fp32 [256], ascending, 1 at code 255, 0 at code 127 (or 0).
 
-    Decade ``10^(i-6)`` for i = 0 ... 6 holds ``2^i`` values of either sign: the midpoints of as
-    many equal steps from 0.1 to 1. Zero and one complete the 256 (Dettmers 2015, arXiv 1511.04561).
-    It stores the scales of double quantization (QLoRA §3).
+    Decade ``10^(i-6)`` for i = 0 ... 6 holds ``2^i`` values of either sign, or ``2^(i+1)`` positive
+    ones where ``signed`` is False: the midpoints of as many equal steps from 0.1 to 1. Zero and one
+    complete the 256 (Dettmers 2015, arXiv 1511.04561). The signed map stores the scales of double
+    quantization (QLoRA §3), and both the states of 8-bit optimizers.
     """
     values = [FLOAT(0), FLOAT(1)]
     for exponent in range(DYNAMIC_EXPONENTS):
-        edges = linspace(0.1, 1.0, 2**exponent + 1)
+        edges = linspace(0.1, 1.0, 2 ** (exponent if signed else exponent + 1) + 1)
         decade = FLOAT(10.0 ** (exponent - DYNAMIC_EXPONENTS + 1))
         midpoints = decade * ((edges[:-1] + edges[1:]) / FLOAT(2))
-        values += [*midpoints, *-midpoints]
+        values += [*midpoints, *(-midpoints if signed else ())]
     return frozen(np.sort(np.array(values, FLOAT)))
+
+
+@cache
+def linear_map() -> np.ndarray:
+    """Linear 8-bit integers: fp32 [256], ascending from -1 to 1, with an exact zero at code 127.
+
+    255 evenly spaced values i / 127 and one more zero below the middle of them, which itself misses
+    zero by a rounding (3.7e-9): bitsandbytes' ``create_linear_map``, bit for bit.
+    """
+    values = linspace(-1.0, 1.0, 255)
+    middle = values.size // 2
+    return frozen(np.concatenate([values[:middle], np.zeros(1, FLOAT), values[middle:]]))
 
 
 def levels(codebook: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

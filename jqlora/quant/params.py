@@ -1,4 +1,4 @@
-"""Whole parameter trees: which leaves are stored in 4 bits, and what that leaves them weighing."""
+"""Whole parameter trees: which leaves are stored as codes, and what that leaves them weighing."""
 
 import math
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ SKIP = ("lm_head",)
 
 
 def is_quantized_path(path: Path, ndim: int, skip: tuple[str, ...] = SKIP) -> bool:
-    """Whether the leaf at ``path`` is stored in 4 bits: the kernel of a dense layer, not skipped.
+    """Whether the leaf at ``path`` is stored as codes: the kernel of a dense layer, not skipped.
 
     A layer is skipped if any part of its path is in ``skip``. The output head is by default, as in
     transformers: its rounding errors reach the logits undamped.
@@ -46,7 +46,7 @@ def quantize_params(
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes on the device and numbers of parameters, stored in 4 bits and otherwise."""
+    """Bytes on the device and numbers of parameters, stored as codes and otherwise."""
 
     quantized_params: int
     quantized_bytes: int

@@ -9,11 +9,11 @@ BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 @dataclass(frozen=True, kw_only=True)
 class BlockQuant:
-    """Blocks of elements that share one scale; :class:`NF4` and :class:`FP4` are the kinds.
+    """Blocks of elements that share one scale; :class:`NF4`, :class:`FP4`, :class:`INT8`.
 
     ``block`` is the number of elements (bitsandbytes' sizes, 32 to 4096). ``double_quant`` stores
-    the scales as 8-bit codes as well, which takes a weight in blocks of 64 from 4.5 to 4.127 bits.
-    Raises ``ConfigError`` for another block size.
+    the scales as 8-bit codes as well, which takes a weight in blocks of 64 from 4.5 to 4.127 bits,
+    or from 8.5 to 8.127. Raises ``ConfigError`` for another block size.
     """
 
     block: int = 64
@@ -35,3 +35,12 @@ class NF4(BlockQuant):
 @dataclass(frozen=True, kw_only=True)
 class FP4(BlockQuant):
     """4-bit float with two exponent bits and one mantissa bit, as bitsandbytes stores it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class INT8(BlockQuant):
+    """8-bit linear integers, scaled by the largest magnitude of each block.
+
+    The codes are those of bitsandbytes' ``quantize_blockwise`` with its linear map. Its checkpoints
+    have no place for them: this storage lives in memory alone.
+    """

@@ -11,16 +11,15 @@ from jqlora import optim
 from jqlora.config import LoRAConfig, ModelConfig, QuantizeConfig, RunConfig, TrainConfig
 from jqlora.data import Template
 from jqlora.methods import LoRA
-from jqlora.quant import FP4, NF4, BlockQuant
-
-SCHEMES: dict[str, type[BlockQuant]] = {"nf4": NF4, "fp4": FP4}
+from jqlora.quant import BlockQuant
+from jqlora.quant.schemes import SCHEMES
 
 
 def quantization(config: QuantizeConfig | None) -> BlockQuant | None:
     """The storage spec, None for a base kept whole."""
     if config is None:
         return None
-    return SCHEMES[config.scheme](block=config.block, double_quant=config.double_quant)
+    return SCHEMES[config.scheme].spec(block=config.block, double_quant=config.double_quant)
 
 
 def compute_dtype(config: ModelConfig) -> str:

@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 
+from jqlora_kernels.packing import codes_per_byte
 from jqlora_kernels.scales import GROUP, Nested, add_rounded
 
 WHOLE = pl.BlockSpec(memory_space=pl.ANY)
@@ -34,6 +35,8 @@ def flat_operands(
 
     Without ``index`` there is one layer number for every element of the lead axes, else just that.
     """
+    if codes_per_byte(codebook) != 2:
+        raise NotImplementedError("8-bit codes: the kernel reads two codes to a byte")
     lead = codes.shape[:-2] if index is None else codes.shape[:1]
     count = 1
     for size in lead:

@@ -12,7 +12,7 @@ import pytest
 from jqlora.errors import CheckpointError, ConfigError, SaveError
 from jqlora.io import atomic, load, quantize_checkpoint, save_pretrained
 from jqlora.io.readers import open_directory
-from jqlora.quant import FP4, NF4
+from jqlora.quant import FP4, INT8, NF4
 from tests.io.toy_files import Q, write_checkpoint
 from tests.toy_checkpoint import toy_tokenizer
 
@@ -151,6 +151,8 @@ def test_quantizing_refuses_what_makes_no_sense(tmp_path):
         quantize_checkpoint(tmp_path / "a", tmp_path / "a", NF4())
     with pytest.raises(ConfigError, match="leaves no matrix to quantize"):
         quantize_checkpoint(tmp_path / "a", tmp_path / "b", NF4(), skip=("model", "lm_head"))
+    with pytest.raises(CheckpointError, match=r"int8 .*memory alone.*nf4 or fp4"):
+        quantize_checkpoint(tmp_path / "a", tmp_path / "b", INT8())
     quantize_checkpoint(tmp_path / "a", tmp_path / "b", NF4())
     with pytest.raises(ConfigError, match="already quantized"):
         quantize_checkpoint(tmp_path / "b", tmp_path / "c", NF4())

@@ -13,7 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 functional = pytest.importorskip("bitsandbytes.functional")
 
-from jqlora.quant import FP4, NF4, NestedScales, fp4_codebook, quantize_rows  # noqa: E402
+from jqlora.quant import FP4, INT8, NF4, NestedScales, fp4_codebook, linear_map, quantize_rows  # noqa: E402
 from jqlora.quant.spec import BLOCKS  # noqa: E402
 
 pytestmark = pytest.mark.parity
@@ -85,6 +85,27 @@ def test_fp4_codes_stand_for_the_same_values(block, dtype):
         fp4_codebook()[unpack(q.codes)], fp4_codebook()[unpack(packed.numpy())]
     )
     np.testing.assert_array_equal(np.asarray(q.scales).reshape(-1), state.absmax.numpy())
+
+
+@pytest.mark.parametrize("block", [64, 4096])
+@pytest.mark.parametrize(("shape", "dtype"), [((16, 4096), "float32"), ((33, 65), "bfloat16")])
+def test_int8_codes_and_values_are_those_of_its_linear_map(shape, block, dtype):
+    ours, theirs = weights(shape, dtype)
+    table = functional.create_linear_map()
+    codes, state = functional.quantize_blockwise(theirs, code=table, blocksize=block)
+    q = quantize_rows(ours, INT8(block=block))
+    # its CPU search rounds to 16 bits first, and may there miss the nearest of two entries
+    scales = np.repeat(state.absmax.numpy(), block)[: codes.numel()].reshape(shape)
+    values, halves = np.asarray(ours, np.float32), [np.asarray(q.codes).reshape(shape), codes]
+    distances = [np.abs(linear_map()[np.asarray(half)] * scales - values) for half in halves]
+    assert (distances[0] <= distances[1] + 1e-7 * scales).all()
+    assert (distances[1] <= distances[0] + 2**-15 * scales).all()
+    assert (halves[0] != codes.numpy())[values != 0].mean() < 0.01
+    np.testing.assert_array_equal(np.asarray(q.scales).reshape(-1), state.absmax.numpy())
+    stored = q.replace(codes=jnp.asarray(codes.numpy()).reshape(q.codes.shape))
+    expected = functional.dequantize_blockwise(codes, state).float().numpy()
+    decoded = jax.jit(lambda q: q.dequantize_rows())(stored).astype(jnp.float32)
+    np.testing.assert_array_equal(np.asarray(decoded), expected)
 
 
 @pytest.mark.parametrize("kind", SPECS)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jqlora.quant.codebooks import dynamic_map, fp4_codebook, levels, nf4_codebook
+from jqlora.quant.codebooks import dynamic_map, fp4_codebook, levels, linear_map, nf4_codebook
 
 
 def test_nf4_ascends_from_minus_one_to_one_through_an_exact_zero():
@@ -35,12 +35,20 @@ def test_dynamic_map_has_a_decade_for_every_exponent():
         assert ((table > 0.1 * top) & (table < top)).sum() == 2**exponent
 
 
-@pytest.mark.parametrize("table", [nf4_codebook, fp4_codebook])
+def test_linear_map_has_equal_steps_and_an_exact_zero():
+    table = linear_map()
+    assert table.shape == (256,)
+    assert (np.diff(table) > 0).all()
+    assert table[127] == 0
+    np.testing.assert_allclose(np.delete(table, 127) * 127, np.arange(-127, 128), atol=1e-5)
+
+
+@pytest.mark.parametrize("table", [nf4_codebook, fp4_codebook, linear_map])
 def test_levels_name_a_code_for_every_distinct_value(table):
     values, codes = levels(table())
     np.testing.assert_array_equal(table()[codes], values)
     assert set(values) == set(table())
-    assert codes[np.searchsorted(values, 0)] in (0, 7)  # positive zero in either
+    assert codes[np.searchsorted(values, 0)] in (0, 7, 127)  # positive zero in each
 
 
 def test_tables_are_shared_and_therefore_read_only():
@@ -55,3 +63,4 @@ def test_tables_equal_those_of_bitsandbytes_bit_for_bit():
     np.testing.assert_array_equal(nf4_codebook(), functional.get_4bit_type("nf4", "cpu").numpy())
     np.testing.assert_array_equal(fp4_codebook(), functional.get_4bit_type("fp4", "cpu").numpy())
     np.testing.assert_array_equal(dynamic_map(), functional.create_dynamic_map().numpy())
+    np.testing.assert_array_equal(linear_map(), functional.create_linear_map().numpy())

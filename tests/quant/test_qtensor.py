@@ -6,9 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jqlora.quant import FP4, NF4, QTensor, is_qtensor, leaf_shapes, quantize, quantize_rows
+from jqlora.quant import FP4, INT8, NF4, QTensor, is_qtensor, leaf_shapes, quantize, quantize_rows
 
-SPECS = [NF4(), FP4(block=128), NF4(double_quant=True), NF4(block=4096, double_quant=True)]
+SPECS = [
+    NF4(),
+    FP4(block=128),
+    INT8(block=32, double_quant=True),
+    NF4(double_quant=True),
+    NF4(block=4096, double_quant=True),
+]
 
 
 @pytest.fixture(params=SPECS, ids=str)
@@ -46,7 +52,8 @@ def test_kernel_and_rows_are_each_others_transpose(spec, getkey):
 
 
 @pytest.mark.parametrize(
-    ("spec", "bits"), [(NF4(), 4.5), (NF4(double_quant=True), 4.127), (FP4(block=32), 5.0)]
+    ("spec", "bits"),
+    [(NF4(), 4.5), (NF4(double_quant=True), 4.127), (FP4(block=32), 5.0), (INT8(), 8.5)],
 )
 def test_bits_per_parameter_are_the_bytes_on_the_device(spec, bits, getkey):
     q = quantize(jax.random.normal(getkey(), (1024, 1024)), spec)

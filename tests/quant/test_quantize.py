@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jqlora.errors import ConfigError
-from jqlora.quant import FP4, NF4, dynamic_map, empty, quantize, quantize_rows
+from jqlora.quant import FP4, INT8, NF4, dynamic_map, empty, quantize, quantize_rows
 from jqlora_kernels.packing import pack, unpack
 from jqlora_kernels.quantize_blockwise import quantize_scales
 
@@ -32,7 +32,7 @@ def test_decoding_and_quantizing_again_gives_the_same_codes(rows, columns, block
     np.testing.assert_array_equal(once.codes, again.codes)
 
 
-@pytest.mark.parametrize("spec", [NF4(), FP4(), NF4(block=128)])
+@pytest.mark.parametrize("spec", [NF4(), FP4(), NF4(block=128), INT8()])
 def test_every_weight_becomes_the_nearest_level_of_its_block(spec, getkey):
     weight = jax.random.normal(getkey(), (8, 128))
     q = quantize_rows(weight, spec)
@@ -43,7 +43,7 @@ def test_every_weight_becomes_the_nearest_level_of_its_block(spec, getkey):
     np.testing.assert_allclose(error, best, atol=1e-6)
 
 
-@pytest.mark.parametrize("spec", [NF4(), FP4(), NF4(double_quant=True)])
+@pytest.mark.parametrize("spec", [NF4(), FP4(), NF4(double_quant=True), INT8()])
 @pytest.mark.parametrize("columns", [64, 100])
 def test_a_block_of_zeros_decodes_to_zeros(spec, columns):
     weight = jnp.zeros((3, columns)).at[0].set(0.5)
@@ -102,5 +102,5 @@ def test_integers_vectors_and_foreign_specs_are_refused():
         quantize(jnp.ones((64, 64), jnp.int32), NF4())
     with pytest.raises(ValueError, match="matrix"):
         quantize_rows(jnp.ones(64), NF4())
-    with pytest.raises(ConfigError, match="NF4, FP4"):
+    with pytest.raises(ConfigError, match="NF4, FP4, INT8"):
         quantize(jnp.ones((64, 64)), "nf4")  # pyright: ignore

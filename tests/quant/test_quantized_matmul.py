@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jqlora.quant import FP4, NF4, quantize, quantized_matmul
+from jqlora.quant import FP4, INT8, NF4, quantize, quantized_matmul
 
-SPECS = [NF4(), FP4(), NF4(double_quant=True)]
+SPECS = [NF4(), FP4(), NF4(double_quant=True), INT8(double_quant=True)]
 # Largest difference over largest value: K = 128 products, summed in another order, then rounded.
 BUDGET = {"float32": 1e-6, "bfloat16": 2**-7, "float16": 2**-10}
 
