@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from jqlora import data, optim
     from jqlora.attach import bind, init, plan
+    from jqlora.compacting import as_lora, compact
     from jqlora.generation import generate
     from jqlora.io import (
         abstract_params,
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
         save_pretrained,
     )
     from jqlora.merging import merge
-    from jqlora.methods import LoRA, Plan
+    from jqlora.methods import AdaLoRA, LoRA, Plan
     from jqlora.quant import FP4, INT8, NF4, QTensor, footprint, quantize_params
     from jqlora.train import TrainState, make_train_step
 
@@ -30,12 +31,15 @@ __all__ = [
     "FP4",
     "INT8",
     "NF4",
+    "AdaLoRA",
     "LoRA",
     "Plan",
     "QTensor",
     "TrainState",
     "abstract_params",
+    "as_lora",
     "bind",
+    "compact",
     "data",
     "footprint",
     "generate",
@@ -54,6 +58,7 @@ __all__ = [
 
 _HOMES = {
     "jqlora.attach": ("bind", "init", "plan"),
+    "jqlora.compacting": ("as_lora", "compact"),
     "jqlora.generation": ("generate",),
     "jqlora.io": (
         "abstract_params",
@@ -64,7 +69,7 @@ _HOMES = {
         "save_pretrained",
     ),
     "jqlora.merging": ("merge",),
-    "jqlora.methods": ("LoRA", "Plan"),
+    "jqlora.methods": ("AdaLoRA", "LoRA", "Plan"),
     "jqlora.quant": ("FP4", "INT8", "NF4", "QTensor", "footprint", "quantize_params"),
     "jqlora.train": ("TrainState", "make_train_step"),
 }

@@ -15,7 +15,7 @@ LAYERS = [
     {"jqlora_kernels"},
     {"quant", "sites", "methods", "models"},
     {"attach"},
-    {"merging"},
+    {"merging", "compacting"},
     {"io", "data", "optim", "generation"},
     {"train"},
     {"config"},

@@ -1,9 +1,10 @@
-"""LoRA adapters in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``.
+"""Adapters in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
 Tensor names are ``base_model.model.<module>`` with ``.lora_A.weight`` [r, K] and
-``.lora_B.weight`` [N, r], or ``.lora_embedding_A`` [r, V] and ``.lora_embedding_B`` [D, r];
-parameters trained whole keep the names that they have in the model. Stacks are split into layers
-and cropped to each layer's rank.
+``.lora_B.weight`` [N, r], or ``.lora_embedding_A`` [r, V] and ``.lora_embedding_B`` [D, r]; for
+AdaLoRA ``.lora_A`` [r, K], ``.lora_E`` [r, 1] and ``.lora_B`` [N, r], where r may be 0. Parameters
+trained whole keep the names that they have in the model. Stacks are split into layers and cropped
+to each layer's rank.
 
 Where the input embedding is the output head as well, training it whole trains both; PEFT calls that
 ``ensure_weight_tying`` and writes the matrix under both names. Its default, an embedding that comes
@@ -22,15 +23,15 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from jqlora.attach import dense, inspect_model, quantized_paths
+from jqlora.attach import dense, init, inspect_model, quantized_paths
 from jqlora.errors import AdapterFileError, CheckpointError
 from jqlora.io.atomic import atomic_directory, atomic_write_json
-from jqlora.io.peft_config import CONFIG_FILE, read_config, read_spec, write_config
+from jqlora.io.peft_config import CONFIG_FILE, write_config
+from jqlora.io.peft_spec import read_config, read_spec
 from jqlora.io.readers import TensorReader
 from jqlora.io.readers.safetensors import SafetensorsFile
 from jqlora.io.readers.torch_zip import TorchFile
-from jqlora.methods import FULL, LoRA, Placement, Plan, assemble, method_of
-from jqlora.methods.lora import ranks
+from jqlora.methods import FULL, AdaLoRA, LoRA, Placement, Plan, assemble, method_of
 from jqlora.methods.targeting import OUTPUT_HEAD
 from jqlora.models.families import HFName, family_for
 from jqlora.sites import Survey
@@ -104,7 +105,7 @@ def save_adapter(
 def load_adapter(
     path: str | os.PathLike, model: nn.Module, params: Params
 ) -> tuple[Plan, dict[str, Any]]:
-    """``(plan, adapters)`` from a PEFT LoRA directory, for ``model``; leaves are fp32.
+    """``(plan, adapters)`` from a PEFT directory, LoRA or AdaLoRA, for ``model``; leaves are fp32.
 
     ``params`` may be quantized; its values matter only where the file brings base weights of its
     own (PEFT writes them with adapted embeddings), which go to ``full`` if they differ. Raises
@@ -143,9 +144,10 @@ def _module(name: HFName) -> str:
 def _entries(plan: Plan, names: Mapping[tuple[TreePath, int | None], HFName]) -> list[Entry]:
     entries = []
     for placement in plan.placements:
-        for index, rank in enumerate(ranks(placement)):
-            if rank:
-                entries += _lora_entries(placement, index, rank, names)
+        ranks = method_of(placement.spec).ranks(placement)
+        for index, (served, rank) in enumerate(zip(placement.layers, ranks, strict=True)):
+            if served:
+                entries += _low_rank_entries(placement, index, rank, names)
     adapted = {placement.site.path for placement in plan.placements}
     for leaf in plan.full:
         # a parameter that is both trained whole and adapted is its adapter's base layer
@@ -158,7 +160,7 @@ def _entries(plan: Plan, names: Mapping[tuple[TreePath, int | None], HFName]) ->
     return entries
 
 
-def _lora_entries(
+def _low_rank_entries(
     placement: Placement,
     index: int,
     rank: int,
@@ -167,10 +169,21 @@ def _lora_entries(
     site = placement.site
     layer = index if site.lead else None
     module = PREFIX + _module(names[site.leaf_path, layer])
+    path = (method_of(placement.spec).collection, *site.path)
+    if isinstance(placement.spec, AdaLoRA):
+        if site.kind != "dense":
+            raise AdapterFileError(
+                f"{placement.names[0]}: PEFT's AdaLoRA adapts no embedding; "
+                "save what jq.as_lora makes of it"
+            )
+        return [
+            Entry(f"{module}.lora_A", (*path, "p"), layer, (site.features_in, rank), True),
+            Entry(f"{module}.lora_E", (*path, "lam"), layer, (1, rank), True),
+            Entry(f"{module}.lora_B", (*path, "q"), layer, (rank, site.features_out), True),
+        ]
     ends = ("lora_embedding_A", "lora_embedding_B")
     if site.kind == "dense":
         ends = ("lora_A.weight", "lora_B.weight")
-    path = (method_of(placement.spec).collection, *site.path)
     return [
         Entry(f"{module}.{ends[0]}", (*path, "a"), layer, (site.features_in, rank), True),
         Entry(f"{module}.{ends[1]}", (*path, "b"), layer, (rank, site.features_out), True),
@@ -178,12 +191,9 @@ def _lora_entries(
 
 
 def _leaf_shapes(plan: Plan) -> dict[TreePath, tuple[int, ...]]:
-    shapes: dict[TreePath, tuple[int, ...]] = {}
-    for placement in plan.placements:
-        site, width = placement.site, max(ranks(placement))
-        path = (method_of(placement.spec).collection, *site.path)
-        shapes[*path, "a"] = (*site.lead, site.features_in, width)
-        shapes[*path, "b"] = (*site.lead, width, site.features_out)
+    adapted = dataclasses.replace(plan, full=())
+    leaves = flatten(jax.eval_shape(lambda: init(jax.random.key(0), adapted)))
+    shapes = {path: leaf.shape for path, leaf in leaves.items()}
     return shapes | {(FULL, *leaf.path): leaf.shape for leaf in plan.full}
 
 
@@ -200,7 +210,7 @@ def _open(folder: Path) -> TensorReader:
 
 def _spec(
     config: Mapping[str, Any], survey: Survey, model: nn.Module, reader: TensorReader
-) -> LoRA:
+) -> LoRA | AdaLoRA:
     sites = [name for site in survey.sites for name in site.names]
     modules = {name for leaf in survey.leaves for name in leaf.names}
     parents = {".".join(n.split(".")[:i]) for n in modules for i in range(1, n.count(".") + 2)}

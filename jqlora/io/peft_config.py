@@ -1,20 +1,15 @@
-"""``adapter_config.json``: a LoRA spec in PEFT's words, both ways.
-
-Written are all fields that PEFT 0.21.2 writes. Read is any file of its LoRA method; a field that
-would change the computation in a way that is not supported is refused by name, fields that only
-say how training started or where the base came from are passed over.
+"""``adapter_config.json``: a plan of LoRA or AdaLoRA in PEFT's words, with all the fields that
+PEFT 0.21.2 writes.
 """
 
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from jqlora.errors import AdapterFileError
-from jqlora.methods import LoRA, Placement, Plan
+from jqlora.methods import AdaLoRA, LoRA, Placement, Plan
 from jqlora.methods.base import items
 from jqlora.methods.lora import ranks, scales
-from jqlora.methods.targeting import ALL_LINEAR, layer_number, matches, pattern_matches
+from jqlora.methods.targeting import matches
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -41,58 +36,31 @@ NEUTRAL: dict[str, Any] = {
 }
 """Fields of features that are not supported, with the value that leaves them off."""
 
-IGNORED = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "corda_config",  # these three only draw the first weights; see init_lora_weights
-    "eva_config",
-    "lora_ga_config",
-    "inference_mode",
-    "megatron_core",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "task_type",
-}
-UNDERSTOOD = {
-    "alpha_pattern",
-    "ensure_weight_tying",
-    "exclude_modules",
-    "init_lora_weights",
-    "layers_pattern",
-    "layers_to_transform",
-    "lora_alpha",
-    "lora_dropout",
-    "modules_to_save",
-    "peft_type",
-    "r",
-    "rank_pattern",
-    "target_modules",
-    "use_rslora",
-}
-KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal")
-"""Initialisations after which the base model's own weights still hold; the others change them."""
+SCHEDULE = {"beta1": 0.85, "beta2": 0.85, "deltaT": 1, "tinit": 0, "tfinal": 0, "total_step": 1}
+"""Written as AdaLoRA's schedule, which PEFT demands but which is no part of the result."""
 
 
 def write_config(
     plan: Plan, modules: Sequence[str], *, base_model_name: str | None, tie_saved: bool
 ) -> dict[str, Any]:
-    """The fields of ``adapter_config.json`` for a plan of LoRA specs.
+    """The fields of ``adapter_config.json`` for a plan of LoRA or AdaLoRA.
 
     ``modules`` are the dotted names of all the model's modules that could be targeted. PEFT knows
     one spec: several become one with patterns by full module name. Raises
     :class:`AdapterFileError` where they differ in what PEFT keeps once, and for other methods.
     """
     specs = tuple(dict.fromkeys(placement.spec for placement in plan.placements))
-    if other := [spec for spec in specs if not isinstance(spec, LoRA)]:
-        raise AdapterFileError(f"{type(other[0]).__name__} has no place in a PEFT LoRA adapter")
     first = specs[0]
-    fields = _fields(first, plan.placements, modules)
-    if len(specs) > 1:
-        for field in ("dropout", "rank_stabilized", "init"):
-            if len(values := {getattr(spec, field) for spec in specs}) > 1:
-                raise AdapterFileError(f"PEFT keeps one {field}, but the plan has {values}")
-        fields |= _resolved(first, plan.placements, modules)
+    if len({type(spec) for spec in specs}) > 1:
+        raise AdapterFileError("PEFT keeps one method, but the plan has LoRA and AdaLoRA")
+    if isinstance(first, AdaLoRA):
+        if len(specs) > 1:
+            raise AdapterFileError(f"PEFT keeps one AdaLoRA spec, but the plan has {len(specs)}")
+        fields = _adalora_fields(first, plan.placements, modules)
+    elif isinstance(first, LoRA):
+        fields = _lora_fields(specs, plan.placements, modules)
+    else:
+        raise AdapterFileError(f"{type(first).__name__} has no place in a PEFT LoRA adapter")
     saved = dict.fromkeys(end for spec in specs for end in spec.modules_to_save)
     return dict(
         sorted(
@@ -102,45 +70,78 @@ def write_config(
                 "base_model_name_or_path": base_model_name,
                 "ensure_weight_tying": tie_saved,
                 "inference_mode": True,
-                "init_lora_weights": "gaussian" if first.init == "gaussian" else True,
                 "layers_pattern": None,
                 "lora_alpha": first.alpha,
                 "lora_dropout": first.dropout,
                 "megatron_core": "megatron.core",
                 "modules_to_save": list(saved) or None,
-                "peft_type": "LORA",
                 "peft_version": "0.21.2",
                 "qalora_group_size": 16,
-                "r": first.rank,
                 "revision": None,
                 "task_type": "CAUSAL_LM",
-                "use_rslora": first.rank_stabilized,
                 **fields,
             }.items()
         )
     )
 
 
-def _fields(spec: LoRA, placements: Sequence[Placement], modules: Sequence[str]) -> dict[str, Any]:
+def _lora_fields(
+    specs: Sequence[LoRA], placements: Sequence[Placement], modules: Sequence[str]
+) -> dict[str, Any]:
+    first = specs[0]
+    fields = {
+        "init_lora_weights": "gaussian" if first.init == "gaussian" else True,
+        "peft_type": "LORA",
+        "r": first.rank,
+        "use_rslora": first.rank_stabilized,
+        "rank_pattern": dict(items(first.rank_pattern)),
+        "alpha_pattern": dict(items(first.alpha_pattern)),
+        **_targeting(first, placements, modules),
+    }
+    if len(specs) > 1:
+        for field in ("dropout", "rank_stabilized", "init"):
+            if len(values := {getattr(spec, field) for spec in specs}) > 1:
+                raise AdapterFileError(f"PEFT keeps one {field}, but the plan has {values}")
+        fields |= _resolved(first, placements, modules)
+    return fields
+
+
+def _adalora_fields(
+    spec: AdaLoRA, placements: Sequence[Placement], modules: Sequence[str]
+) -> dict[str, Any]:
+    pattern = {f"{name}.lora_E": list(kept) for name, kept in items(spec.rank_pattern)}
+    return {
+        **SCHEDULE,
+        "alpha_pattern": {},
+        "init_lora_weights": True,
+        "init_r": spec.init_rank,
+        "orth_reg_weight": spec.orthogonality_weight if spec.orthogonality == "peft" else 0.0,
+        "peft_type": "ADALORA",
+        "r": 8,  # PEFT's default, which AdaLoRA ignores and warns of if it is another
+        "rank_pattern": pattern or None,
+        "target_r": spec.target_rank,
+        "use_rslora": False,
+        **_targeting(spec, placements, modules),
+    }
+
+
+def _targeting(
+    spec: LoRA | AdaLoRA, placements: Sequence[Placement], modules: Sequence[str]
+) -> dict[str, Any]:
     """Targeting in the spec's own words where they are names, in resolved names otherwise.
 
     A regular expression may match containers in torch that are no sites here, and PEFT refuses it
     then.
     """
-    patterns = {
-        "rank_pattern": dict(items(spec.rank_pattern)),
-        "alpha_pattern": dict(items(spec.alpha_pattern)),
-    }
     if isinstance(spec.targets, str):
-        return _targets(placements, modules) | patterns
-    layers = _numbers(spec.layers_to_transform)
+        return _targets(placements, modules)
+    layers = numbers(spec.layers_to_transform)
     return {
         "target_modules": list(spec.targets),
         "exclude_modules": spec.exclude
         if isinstance(spec.exclude, str)
         else [*spec.exclude] or None,
         "layers_to_transform": None if layers is None else list(layers),
-        **patterns,
     }
 
 
@@ -175,105 +176,6 @@ def _resolved(
     return _targets(placements, modules) | patterns
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The parsed ``adapter_config.json``, with nothing in it that is not supported.
-
-    Raises :class:`AdapterFileError` naming the field, its value and what is accepted.
-    """
-    path = folder / CONFIG_FILE
-    try:
-        config = json.loads(path.read_text())
-    except OSError as error:
-        raise AdapterFileError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise AdapterFileError(f"{path} is no JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise AdapterFileError(f"{path} is no JSON object")
-
-    def refuse(field: str, accepted: str) -> None:
-        raise AdapterFileError(f"{path}: {field}={config.get(field)!r}; accepted: {accepted}")
-
-    if config.get("peft_type") != "LORA":
-        refuse("peft_type", "'LORA'")
-    if not config.get("target_modules"):
-        refuse("target_modules", "names of modules, or a regular expression")
-    for field, value in config.items():
-        if field in UNDERSTOOD or field in IGNORED:
-            continue
-        if value != NEUTRAL.get(field) and value:
-            refuse(field, f"{NEUTRAL.get(field)!r} only, as the feature is not supported")
-    if config.get("init_lora_weights", True) not in KEEPS_BASE:
-        refuse(
-            "init_lora_weights",
-            f"{KEEPS_BASE}; others change the base weights too: save the adapter with PEFT's "
-            "path_initial_model_for_weight_conversion first",
-        )
-    return config
-
-
-def read_spec(config: Mapping[str, Any], names: Sequence[str], saved_names: Sequence[str]) -> LoRA:
-    """The spec that ``config`` means on a model whose sites have these dotted ``names``.
-
-    PEFT lets names that match nothing pass, so they are left out here; ``saved_names`` are those
-    of all modules, for ``modules_to_save``.
-    """
-    targets = config["target_modules"]
-    exclude = config.get("exclude_modules") or ()
-    layers = _numbers(config.get("layers_to_transform"))
-    if isinstance(targets, str):
-        targets = ALL_LINEAR if targets.lower() == ALL_LINEAR else targets
-    else:
-        targets = [t for t in targets if any(matches((t,), name) for name in names)]
-        if config.get("layers_pattern") and layers:
-            targets, layers = _by_layers_pattern(config, targets, layers, names), None
-    if not targets:
-        raise AdapterFileError(
-            f"target_modules={config['target_modules']!r} name no module of this model"
-        )
-    if layers is not None:
-        known = {layer_number(name) for name in names}
-        layers = tuple(layer for layer in layers if layer in known)
-    if not isinstance(exclude, str):
-        exclude = [e for e in exclude if any(matches((e,), name) for name in names)]
-    elif not any(matches(exclude, name) for name in names):
-        exclude = ()
-    patterns = {
-        field: {
-            key: value
-            for key, value in (config.get(field) or {}).items()
-            if any(pattern_matches(key, name) for name in names)
-        }
-        for field in ("rank_pattern", "alpha_pattern")
-    }
-    saved = config.get("modules_to_save") or ()
-    return LoRA(
-        rank=config.get("r", 8),
-        alpha=config.get("lora_alpha", 8),
-        targets=targets,
-        exclude=exclude,
-        dropout=config.get("lora_dropout", 0.0),
-        layers_to_transform=layers,
-        rank_stabilized=bool(config.get("use_rslora")),
-        modules_to_save=[s for s in saved if any(name.endswith(s) for name in saved_names)],
-        init="gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming",
-        **patterns,
-    )
-
-
-def _numbers(layers: int | Sequence[int] | None) -> tuple[int, ...] | None:
+def numbers(layers: int | Sequence[int] | None) -> tuple[int, ...] | None:
     """PEFT takes one number, a list, or for all layers null or an empty list."""
     return (layers,) if isinstance(layers, int) else tuple(layers or ()) or None
-
-
-def _by_layers_pattern(
-    config: Mapping[str, Any], targets: Sequence[str], layers: Sequence[int], names: Sequence[str]
-) -> list[str]:
-    """Full names of the targets in those layers whose number follows ``layers_pattern``."""
-    patterns = config["layers_pattern"]
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    wanted = [f".{pattern}.{layer}." for pattern in patterns for layer in layers]
-    return [
-        name
-        for name in names
-        if matches(targets, name) and any(part in f".{name}" for part in wanted)
-    ]

@@ -1,5 +1,6 @@
 """Methods of fine-tuning: what each adds to a module, and the plan of where it goes."""
 
+from jqlora.methods.adalora import AdaLoRA
 from jqlora.methods.base import Method, Placement
 from jqlora.methods.lora import LoRA
 from jqlora.methods.plan import FULL, Plan, assemble
@@ -9,6 +10,7 @@ __all__ = [
     "COLLECTIONS",
     "FULL",
     "METHODS",
+    "AdaLoRA",
     "LoRA",
     "Method",
     "Placement",

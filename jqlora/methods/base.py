@@ -7,11 +7,13 @@ the rest of the library knows of a method, so a new one is one file and one row 
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 
+from jqlora.errors import ConfigError
 from jqlora.sites import Site
 
 Leaves = Mapping[str, jax.Array]
@@ -64,6 +66,8 @@ class Method:
         Raises where the spec cannot be met, before anything is allocated.
     ``ranks(placement)``
         Rank of every layer, row-major over ``site.lead``; 0 where the layer is not served.
+    ``parameters(placement)``
+        How many numbers are trained there, padding left out.
     ``init(key, placement)``
         Trainable leaves, fp32, each with the site's lead axes in front.
     ``constants(placement)``
@@ -82,6 +86,7 @@ class Method:
     collection: str
     check: Callable[[Any, Sequence[Placement]], None]
     ranks: Callable[[Placement], tuple[int, ...]]
+    parameters: Callable[[Placement], int]
     init: Callable[[jax.Array, Placement], dict[str, jax.Array]]
     constants: Callable[[Placement], dict[str, Any]]
     effect: Callable[[jax.Array, jax.Array, Leaves, Placement, jax.Array | None], jax.Array]
@@ -100,3 +105,42 @@ def items(pattern: Mapping[str, Any] | Sequence[tuple[str, Any]]) -> tuple[tuple
     """A mapping as a tuple of its items, so that the spec is hashable; idempotent."""
     pairs = pattern.items() if isinstance(pattern, Mapping) else pattern
     return tuple((str(key), value) for key, value in pairs)
+
+
+def freeze(spec: Any) -> None:
+    """Make the fields in which every spec says where it goes hashable; call it in
+    ``__post_init__``."""
+    layers = spec.layers_to_transform
+    layers = (layers,) if isinstance(layers, int) else layers
+    frozen = {
+        "targets": frozen_names(spec.targets, keep_string=True),
+        "exclude": frozen_names(spec.exclude, keep_string=True),
+        "modules_to_save": frozen_names(spec.modules_to_save, keep_string=False),
+        "layers_to_transform": None if layers is None else tuple(layers),
+    }
+    for field, value in frozen.items():
+        object.__setattr__(spec, field, value)
+
+
+def check_rank(spec: Any, field: str, rank: Any) -> None:
+    """Raise :class:`ConfigError` for a rank that is no whole number from 1 up."""
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        name = type(spec).__name__
+        raise ConfigError(f"{name} {field}={rank!r}: a rank is a whole number from 1 up")
+
+
+def check_targeting(spec: Any, *patterns: str) -> None:
+    """Raise :class:`ConfigError` for a dropout outside [0, 1), empty targets, or an expression
+    among the targets and ``patterns`` that cannot be parsed."""
+    name = type(spec).__name__
+    if not 0 <= spec.dropout < 1:
+        raise ConfigError(f"{name} dropout={spec.dropout!r}: must be at least 0 and below 1")
+    for expression in (*(t for t in (spec.targets, spec.exclude) if isinstance(t, str)), *patterns):
+        try:
+            re.compile(expression)
+        except re.error as error:
+            raise ConfigError(
+                f"{name}: {expression!r} is no regular expression: {error}"
+            ) from error
+    if spec.targets == ():
+        raise ConfigError(f"{name} targets=[]: name a module, or say 'all-linear'")

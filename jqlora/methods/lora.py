@@ -17,7 +17,6 @@ is.
 import dataclasses
 import functools
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,9 +24,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jqlora.errors import ConfigError, UnsupportedSite
-from jqlora.methods.base import Leaves, Method, Placement, frozen_names, items
-from jqlora.methods.low_rank import low_rank
+from jqlora.errors import ConfigError
+from jqlora.methods.base import (
+    Leaves,
+    Method,
+    Placement,
+    check_rank,
+    check_targeting,
+    freeze,
+    items,
+)
+from jqlora.methods.low_rank import add_low_rank, check_rank_fits
 from jqlora.methods.targeting import check_pattern, pattern_value
 from jqlora.tree import fold_in_path
 
@@ -75,50 +82,21 @@ class LoRA:
     init: str = "kaiming"
 
     def __post_init__(self) -> None:
-        layers = self.layers_to_transform
-        layers = (layers,) if isinstance(layers, int) else layers
-        frozen = {
-            "targets": frozen_names(self.targets, keep_string=True),
-            "exclude": frozen_names(self.exclude, keep_string=True),
-            "modules_to_save": frozen_names(self.modules_to_save, keep_string=False),
-            "rank_pattern": items(self.rank_pattern),
-            "alpha_pattern": items(self.alpha_pattern),
-            "layers_to_transform": None if layers is None else tuple(layers),
-        }
-        for field, value in frozen.items():
-            object.__setattr__(self, field, value)
-        self._validate()
-
-    def _validate(self) -> None:
-        ranks = {
-            "rank": self.rank,
-            **{f"rank_pattern[{k!r}]": v for k, v in items(self.rank_pattern)},
-        }
-        for field, rank in ranks.items():
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-                raise ConfigError(f"LoRA {field}={rank!r}: a rank is a whole number from 1 up")
-        alphas = {
-            "alpha": self.alpha,
-            **{f"alpha_pattern[{k!r}]": v for k, v in items(self.alpha_pattern)},
-        }
-        for field, alpha in alphas.items():
+        freeze(self)
+        object.__setattr__(self, "rank_pattern", items(self.rank_pattern))
+        object.__setattr__(self, "alpha_pattern", items(self.alpha_pattern))
+        for field, rank in (("rank", self.rank), *_named("rank_pattern", self.rank_pattern)):
+            check_rank(self, field, rank)
+        for field, alpha in (("alpha", self.alpha), *_named("alpha_pattern", self.alpha_pattern)):
             if not alpha > 0:
                 raise ConfigError(f"LoRA {field}={alpha!r}: must be positive")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"LoRA dropout={self.dropout!r}: must be at least 0 and below 1")
         if self.init not in INITS:
             raise ConfigError(f"LoRA init={self.init!r}: known are {', '.join(INITS)}")
-        expressions = [t for t in (self.targets, self.exclude) if isinstance(t, str)]
-        expressions += [key for key, _ in (*items(self.rank_pattern), *items(self.alpha_pattern))]
-        for expression in expressions:
-            try:
-                re.compile(expression)
-            except re.error as error:
-                raise ConfigError(
-                    f"LoRA: {expression!r} is no regular expression: {error}"
-                ) from error
-        if self.targets == ():
-            raise ConfigError("LoRA targets=[]: name a module, or say 'all-linear'")
+        check_targeting(self, *dict(items(self.rank_pattern)), *dict(items(self.alpha_pattern)))
+
+
+def _named(field: str, pattern: Any) -> list[tuple[str, Any]]:
+    return [(f"{field}[{key!r}]", value) for key, value in items(pattern)]
 
 
 def ranks(placement: Placement) -> tuple[int, ...]:
@@ -147,13 +125,13 @@ def check(spec: LoRA, placements: Sequence[Placement]) -> None:
     check_pattern("rank_pattern", (key for key, _ in items(spec.rank_pattern)), placements)
     check_pattern("alpha_pattern", (key for key, _ in items(spec.alpha_pattern)), placements)
     for placement in placements:
-        site = placement.site
-        limit = min(site.features_in, site.features_out)
-        if (largest := max(ranks(placement))) > limit:
-            raise UnsupportedSite(
-                f"rank {largest} at {placement.names[0]}: its matrix is "
-                f"{site.features_in} x {site.features_out}, so ranks above {limit} add nothing"
-            )
+        check_rank_fits(max(ranks(placement)), placement)
+
+
+def parameters(placement: Placement) -> int:
+    """r (K + N), over the layers."""
+    site = placement.site
+    return sum(ranks(placement)) * (site.features_in + site.features_out)
 
 
 def init(key: jax.Array, placement: Placement) -> dict[str, jax.Array]:
@@ -200,16 +178,7 @@ def effect(
 ) -> jax.Array:
     """y + s · (x a) b in y's dtype; the products take y's dtype and accumulate in fp32."""
     a, b = leaves["a"].astype(y.dtype), leaves["b"].astype(y.dtype)
-    if placement.site.kind == "embed":
-        h = jnp.take(a, x, axis=0).astype(jnp.float32) * leaves["scale"]
-        return y + h.astype(y.dtype) @ b
-    x = x.astype(y.dtype)
-    rate = placement.spec.dropout
-    if rate and key is not None:
-        keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-        x = jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
-    tokens = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    return y + low_rank(tokens, a, b, leaves["scale"]).reshape(y.shape)
+    return add_low_rank(x, y, a, b, leaves["scale"], placement, key)
 
 
 def delta(leaves: Leaves, placement: Placement) -> jax.Array:
@@ -223,6 +192,7 @@ METHOD = Method(
     collection="lora",
     check=check,
     ranks=ranks,
+    parameters=parameters,
     init=init,
     constants=constants,
     effect=effect,

@@ -5,9 +5,14 @@ the wide operand on the left, and XLA copies every [M, K] activation into its tr
 on a CPU costs as much as the products. Here the narrow operand, [M, R], is the one that is turned.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from jqlora.errors import UnsupportedSite
+from jqlora.methods.base import Placement
 
 
 @jax.custom_vjp
@@ -42,3 +47,40 @@ def contract(x: jax.Array, y: jax.Array, i: int, j: int) -> jax.Array:
 
 
 low_rank.defvjp(forward, backward)
+
+
+def add_low_rank(
+    x: jax.Array,
+    y: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    scale: jax.Array,
+    placement: Placement,
+    key: jax.Array | None,
+) -> jax.Array:
+    """``y + scale · (x a) b`` for one layer of a site; a row of ``a`` per token in an embedding.
+
+    ``x`` and ``y`` are the module's input and output, ``a`` and ``b`` have y's dtype. ``key`` is
+    for the dropout of x, which embeddings have none of; None is none.
+    """
+    if placement.site.kind == "embed":
+        h = jnp.take(a, x, axis=0).astype(jnp.float32) * scale
+        return y + h.astype(y.dtype) @ b
+    x = x.astype(y.dtype)
+    rate = placement.spec.dropout
+    if rate and key is not None:
+        keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+        x = jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
+    tokens = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return y + low_rank(tokens, a, b, scale).reshape(y.shape)
+
+
+def check_rank_fits(rank: int, placement: Placement) -> None:
+    """Raise :class:`UnsupportedSite` for a rank that the site's matrix cannot hold."""
+    site = placement.site
+    limit = min(site.features_in, site.features_out)
+    if rank > limit:
+        raise UnsupportedSite(
+            f"rank {rank} at {placement.names[0]}: its matrix is "
+            f"{site.features_in} x {site.features_out}, so ranks above {limit} add nothing"
+        )

@@ -54,7 +54,7 @@ class Plan:
                     "layers": sum(placement.layers),
                     "method": method.collection,
                     "rank": "/".join(map(str, used)),
-                    "parameters": sum(ranks) * (site.features_in + site.features_out),
+                    "parameters": method.parameters(placement),
                 }
             )
         rows += [

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from jqlora.methods import lora
+from jqlora.methods import adalora, lora
 from jqlora.methods.base import Method
 
-METHODS: dict[type, Method] = {lora.LoRA: lora.METHOD}
+METHODS: dict[type, Method] = {lora.LoRA: lora.METHOD, adalora.AdaLoRA: adalora.METHOD}
 COLLECTIONS = frozenset(method.collection for method in METHODS.values())
 
 

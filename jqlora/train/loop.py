@@ -98,7 +98,7 @@ def fit(
             return
         number, batch, metrics = pending
         pending = None
-        values = {name: float(value) for name, value in metrics.items()}
+        values = {name: np.asarray(value).item() for name, value in metrics.items()}
         if not all(math.isfinite(value) for value in values.values()):
             _stop_at(number, values, batch, bad_batch)
         rate = clock.step(int((np.asarray(batch["segment_ids"]) > 0).sum()))

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import optax
 
 from jqlora.errors import ConfigError
-from jqlora.methods import METHODS
+from jqlora.train.allocation import allocation_metrics, check_complete
 from jqlora.train.loss import Batch, causal_lm_loss
 from jqlora.train.state import TrainState
-from jqlora.types import Adapters, Params
+from jqlora.types import Params
 
 Metrics = dict[str, jax.Array]
 Step = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
@@ -40,12 +40,13 @@ def make_train_step(
     ``loss(apply, variables, batch, key)`` returns a sum and the count to divide it by.
 
     ``metrics`` are fp32 scalars: ``loss`` (mean over the counted tokens), ``penalty``,
-    ``grad_norm`` (before clipping) and ``tokens`` (how many were counted). A batch that counts no
-    token has loss zero and moves nothing but moments and decay.
+    ``grad_norm`` (before clipping) and ``tokens`` (how many were counted); with
+    ``jq.optim.adalora`` also ``budget`` and ``rank``, int32. A batch that counts no token has loss
+    zero and moves nothing but moments and decay.
 
     Dropout's keys are the state's key folded with the step and the micro-batch: a resumed run draws
     the same ones. Raises ``ConfigError`` at the first call when ``accumulate`` does not divide, or
-    when ``apply`` is a wrapper that lost the penalty of the adapters' method.
+    when what the adapters' method needs of ``apply`` or ``tx`` is missing.
     """
     penalty = getattr(apply, "penalty", None)
 
@@ -73,9 +74,8 @@ def make_train_step(
         gradients = jax.tree.map(lambda g: g * share.astype(g.dtype), gradients)
 
         extra = zero
-        if penalty is None:
-            check_nothing_lost(state.adapters)
-        else:
+        check_complete(apply, state)
+        if penalty is not None:
             extra, more = jax.value_and_grad(penalty)(state.adapters)
             gradients = jax.tree.map(jnp.add, gradients, more)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and floats
@@ -87,19 +87,10 @@ def make_train_step(
             "tokens": count,
         }
         adapters: Any = optax.apply_updates(state.adapters, updates)
+        metrics |= allocation_metrics(opt_state, adapters)
         return TrainState(state.step + 1, adapters, opt_state, state.key), metrics
 
     return jax.jit(step, donate_argnums=0)
-
-
-def check_nothing_lost(adapters: Adapters) -> None:
-    """Raise where a method of ``adapters`` has a penalty, which a bare function cannot know of."""
-    asking = {m.collection for m in METHODS.values() if m.penalty is not None}
-    if lost := sorted(asking & set(adapters)):
-        raise ConfigError(
-            f"apply lost the penalty that {', '.join(lost)} asks for: give make_train_step what "
-            "jq.bind returned, not a function around it"
-        )
 
 
 def split_batch(batch: Batch, parts: int) -> dict[str, jax.Array]:

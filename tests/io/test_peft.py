@@ -320,7 +320,7 @@ def test_gradients_and_ten_steps_of_training_agree_with_peft(family, checkpoints
 
 
 REFUSED = {
-    "peft_type": ("ADALORA", "'LORA'"),
+    "peft_type": ("IA3", "'LORA' or 'ADALORA'"),
     "use_dora": (True, "False only"),
     "bias": ("all", "'none' only"),
     "lora_bias": (True, "False only"),

@@ -13,8 +13,9 @@ from jqlora.attach import bind, dense, init, plan
 from jqlora.errors import NoSiteMatched
 from jqlora.io.peft import load_adapter, save_adapter
 from jqlora.merging import merge
-from jqlora.methods import LoRA, method_of
+from jqlora.methods import AdaLoRA, LoRA, method_of
 from jqlora.models.layers import scan_to_loop
+from jqlora.optim import adalora
 from jqlora.quant import NF4, is_qtensor, quantize_params
 from jqlora.train import TrainState, make_train_step
 from tests import toy_models
@@ -26,7 +27,10 @@ METHODS = {
     "lora on everything": LoRA(
         rank=2, alpha=3, targets=r".*", rank_pattern={r"layers\.1\..*": 4}, rank_stabilized=True
     ),
+    "adalora": AdaLoRA(init_rank=4, target_rank=2, alpha=8, orthogonality_weight=0.1),
 }
+# The rank axis of each method's leaves, along which layers of smaller rank are padded.
+RANK_AXES = {"a": -1, "b": -2, "p": -1, "lam": -1, "q": -2}
 STORAGES = {
     "dense": None,
     "nf4": NF4(block=32),
@@ -46,6 +50,8 @@ GRID = [
     *(("lora", form, QUANTIZED[form]) for form in ("loop", "experts", "llama")),
     ("lora on everything", "attention", "dense"),
     ("lora on everything", "scan and remat", "nf4"),
+    ("adalora", "experts", "nf4 twice"),
+    ("adalora", "llama", "nf4 twice"),
 ]
 grid = pytest.mark.parametrize(
     "case", [pytest.param(row, id=", ".join(row)) for row in GRID], indirect=True
@@ -114,7 +120,8 @@ def mask_padding(plan, adapters):
         node = adapters[method_of(placement.spec).collection]
         for name in placement.site.path:
             node = node[name]
-        for leaf, axis in (("a", -1), ("b", -2)):
+        for leaf in node:
+            axis = RANK_AXES[leaf]
             keep = np.arange(node[leaf].shape[axis]) < ranks[..., None]
             node[leaf] = jnp.asarray(node[leaf] * np.expand_dims(keep, -1 if axis == -2 else -2))
     return adapters
@@ -209,6 +216,8 @@ def test_training_learns_a_planted_target_leaves_params_alone_and_compiles_once(
         return (error**2).mean(), jnp.ones(())
 
     tx = optax.adam(2e-2)
+    if isinstance(case.spec, AdaLoRA):
+        tx = adalora(tx, case.plan, total_steps=30, initial_steps=5, final_steps=10, interval=3)
     step = make_train_step(bind(case.model, case.plan), tx, loss=loss)
     state = TrainState.create(jax.tree.map(jnp.array, case.start), tx, jax.random.key(2))
     losses, first = [], 0
@@ -292,7 +301,8 @@ def test_dropout_does_not_move_the_mean(method):
     case = cases(method, "scan", "dense")
     placement = dataclasses.replace(case.plan.placements[-1], spec=spec)
     row = method_of(spec)
-    leaves = {"a": jnp.ones((4, 2)), "b": jnp.ones((2, 3)), "scale": jnp.ones(())}
+    shapes = {"a": (4, 2), "b": (2, 3), "p": (4, 2), "lam": (1, 2), "q": (2, 3), "scale": ()}
+    leaves = {name: jnp.ones(shape) for name, shape in shapes.items()}
     x, y = jnp.arange(1.0, 5.0), jnp.zeros(3)
     keys = jax.random.split(jax.random.key(0), 4000)
     drawn = jax.vmap(lambda key: row.effect(x, y, leaves, placement, key))(keys)
