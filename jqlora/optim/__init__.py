@@ -5,7 +5,23 @@ Nothing here replaces optax. Any ``optax.GradientTransformation`` can be handed 
 """
 
 from jqlora.optim.adalora import adalora
-from jqlora.optim.adamw import adamw, decayed
+from jqlora.optim.by_factor import lora_fa, lora_plus
+from jqlora.optim.chains import adafactor, adamw, decayed, lion, sgd
+from jqlora.optim.eight_bit import eight_bit
 from jqlora.optim.schedules import SCHEDULES, constant, cosine, linear
 
-__all__ = ["SCHEDULES", "adalora", "adamw", "constant", "cosine", "decayed", "linear"]
+__all__ = [
+    "SCHEDULES",
+    "adafactor",
+    "adalora",
+    "adamw",
+    "constant",
+    "cosine",
+    "decayed",
+    "eight_bit",
+    "linear",
+    "lion",
+    "lora_fa",
+    "lora_plus",
+    "sgd",
+]

@@ -31,6 +31,17 @@ TABLE = {
     "adamw with decay, unclipped": Row(
         lambda rate: optim.adamw(rate, weight_decay=0.1, max_grad_norm=None)
     ),
+    "adamw in 8 bits": Row(lambda rate: optim.adamw(rate, bits=8)),
+    "lion": Row(optim.lion, peak=0.005),
+    "lion in 8 bits": Row(lambda rate: optim.lion(rate, bits=8, weight_decay=0.1), peak=0.005),
+    "sgd": Row(optim.sgd, peak=1.0),
+    "sgd with momentum": Row(lambda rate: optim.sgd(rate, momentum=0.9), peak=0.5),
+    "adafactor": Row(optim.adafactor),
+    "LoRA+": Row(lambda rate: optim.lora_plus(optim.adamw(rate), ratio=4), peak=0.005),
+    "LoRA-FA": Row(lambda rate: optim.lora_fa(optim.adamw(rate, weight_decay=0.1))),
+    "LoRA+ of LoRA-FA in 8 bits": Row(
+        lambda rate: optim.lora_plus(optim.lora_fa(optim.adamw(rate, bits=8)), ratio=2), peak=0.01
+    ),
 }
 
 

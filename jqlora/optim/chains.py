@@ -1,0 +1,123 @@
+"""The usual optimizers as chains: clip, a direction, decoupled decay, the learning rate.
+
+Only the direction differs from one to the next, and only it has a state worth storing in 8 bits.
+All else is stateless arithmetic that XLA fuses into the update of the adapters.
+"""
+
+import optax
+
+from jqlora.optim.eight_bit import Bits, eight_bit
+from jqlora.tree import flatten, unflatten
+from jqlora.types import Adapters, PyTree
+
+SPARED = frozenset({"bias", "scale", "lam"})
+"""Leaves that weight decay leaves alone: biases, the gains of norms, and AdaLoRA's Λ, which would
+otherwise be drawn to the zero that means pruned."""
+
+
+def decayed(adapters: Adapters) -> PyTree:
+    """A tree of booleans shaped like ``adapters``: True where weight decay applies.
+
+    Leaves are told apart by name and not by rank, because a stack of biases is a matrix too.
+    """
+    return unflatten({path: path[-1] not in SPARED for path in flatten(adapters)})
+
+
+def adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    max_grad_norm: float | None = 1.0,
+    bits: Bits = 32,
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2) after global-norm clipping.
+
+    Moments have the dtype of the adapters (fp32). The decay is ``learning_rate * weight_decay`` per
+    update, on the leaves that :func:`decayed` names. ``max_grad_norm=None`` leaves gradients whole.
+
+    ``bits=8`` stores the moments of larger leaves as bitsandbytes' AdamW8bit does
+    (:func:`~jqlora.optim.eight_bit`).
+
+    >>> tx = adamw(cosine(2e-4, steps=1000, warmup=30), weight_decay=0.01)  # doctest: +SKIP
+    """
+    return _chain(
+        optax.scale_by_adam(b1=betas[0], b2=betas[1], eps=eps),
+        learning_rate,
+        weight_decay,
+        max_grad_norm,
+        bits,
+    )
+
+
+def lion(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    betas: tuple[float, float] = (0.9, 0.99),
+    weight_decay: float = 0.0,
+    max_grad_norm: float | None = None,
+    bits: Bits = 32,
+) -> optax.GradientTransformationExtraArgs:
+    """Lion (Chen et al., arXiv 2302.06675, algorithm 2): one moment, and updates of one size.
+
+    Its authors advise a learning rate 3 to 10 times smaller than AdamW's. Other arguments are those
+    of :func:`adamw`; signs know no norm, so gradients are not clipped by default.
+    """
+    return _chain(
+        optax.scale_by_lion(b1=betas[0], b2=betas[1]),
+        learning_rate,
+        weight_decay,
+        max_grad_norm,
+        bits,
+    )
+
+
+def sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    max_grad_norm: float | None = 1.0,
+) -> optax.GradientTransformationExtraArgs:
+    """Gradient descent, with momentum as torch has it (the sum of decayed gradients) where not 0.
+
+    The decay is decoupled, as in :func:`adamw`.
+    """
+    direction = optax.trace(decay=momentum) if momentum else optax.identity()
+    return _chain(direction, learning_rate, weight_decay, max_grad_norm, 32)
+
+
+def adafactor(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    weight_decay: float = 0.0,
+    max_grad_norm: float | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Adafactor (Shazeer and Stern, arXiv 1804.04235) with a learning rate of its own.
+
+    The second moment is kept as row and column means where both sides of a matrix have 128 entries;
+    updates are clipped to a root mean square of 1 (section 5). Steps are not scaled by the size of
+    a parameter (section 8): LoRA's second factor starts at zero and would stay there.
+    """
+    direction = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+    return _chain(direction, learning_rate, weight_decay, max_grad_norm, 32)
+
+
+def _chain(
+    direction: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: float,
+    max_grad_norm: float | None,
+    bits: Bits,
+) -> optax.GradientTransformationExtraArgs:
+    if bits == 8:
+        direction = eight_bit(direction)
+    links = [
+        optax.identity() if max_grad_norm is None else optax.clip_by_global_norm(max_grad_norm)
+    ]
+    links.append(direction)
+    if weight_decay:
+        links.append(optax.add_decayed_weights(weight_decay, mask=decayed))
+    links.append(optax.scale_by_learning_rate(learning_rate))
+    return optax.chain(*links)
