@@ -73,7 +73,7 @@ def only_bitsandbytes(kernel: Callable[..., Result], layout: str) -> Callable[..
     if layout == BITSANDBYTES:
         return kernel
 
-    def refuse(**_: object) -> Result:
+    def refuse(*_: object, **__: object) -> Result:
         raise NotImplementedError(f"{layout=}: the kernel reads {BITSANDBYTES!r} alone")
 
     return refuse

@@ -6,6 +6,7 @@ import jax
 from jax.typing import DTypeLike
 
 from jqlora_kernels import dispatch, layouts
+from jqlora_kernels.batching import Operands, batchable_decode
 from jqlora_kernels.dequantize_blockwise import pallas_triton, reference
 from jqlora_kernels.scales import Nested
 
@@ -29,15 +30,16 @@ def dequantize_blockwise(
     None for the platform's choice. ``layout`` is one of ``layouts.LAYOUTS``. Raises what
     ``dispatch.run`` raises.
     """
-    operands = (codes, scales, codebook, nested, index)
     static = {"block": block, "columns": columns, "dtype": dtype}
-    kernel = functools.partial(pallas_triton.dequantize_blockwise, *operands, **static)
+    kernel = functools.partial(pallas_triton.dequantize_blockwise, **static)
     kernel = layouts.only_bitsandbytes(kernel, layout)
     backends = {
         "triton": kernel,
         "triton_interpret": functools.partial(kernel, interpret=True),
-        "reference": functools.partial(
-            reference.dequantize_blockwise, *operands, **static, layout=layout
-        ),
+        "reference": functools.partial(reference.dequantize_blockwise, **static, layout=layout),
     }
-    return dispatch.run("dequantize_blockwise", backends, backend)
+
+    def serve(operands: Operands) -> jax.Array:
+        return dispatch.run("dequantize_blockwise", backends, backend, *operands)
+
+    return batchable_decode(serve)((codes, scales, codebook, nested, index))

@@ -1,3 +1,3 @@
-from jqlora_kernels.quantized_matmul.api import quantized_matmul
+from jqlora_kernels.quantized_matmul.api import choose, quantized_matmul
 
-__all__ = ["quantized_matmul"]
+__all__ = ["choose", "quantized_matmul"]

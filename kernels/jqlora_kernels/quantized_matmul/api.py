@@ -5,15 +5,24 @@ differentiation would have kept the decoded matrix, and in a scan over layers al
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 
 from jqlora_kernels import dispatch, layouts
+from jqlora_kernels.batching import Operands, batchable_product
+from jqlora_kernels.dispatch import Choice
 from jqlora_kernels.quantized_matmul import pallas_triton, reference
 from jqlora_kernels.scales import Nested
 
-Operands = tuple[jax.Array, jax.Array, jax.Array, Nested | None, jax.Array | None]
+
+class Static(NamedTuple):
+    """What a product is compiled for, beside shapes and dtypes."""
+
+    block: int
+    layout: str
+    backend: str | None
 
 
 def quantized_matmul(
@@ -34,61 +43,83 @@ def quantized_matmul(
     See ``reference.quantized_matmul`` for the operands. With ``index`` (int32 scalar) every stored
     operand has one lead axis, and that element of it is used without being copied out first.
     Cotangents reach ``x`` only. ``backend`` and ``layout`` as in ``dequantize_blockwise``.
+
+    Under ``vmap`` a batch of ``x`` becomes more rows; a batch of matrices is multiplied one by one.
     """
     operands = (codes, scales, codebook, nested, index)
-    return differentiable(x, operands, block, features, layout, backend)
+    return differentiable(x, operands, features, Static(block, layout, backend))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
-def differentiable(
-    x: jax.Array, operands: Operands, block: int, features: int, layout: str, backend: str | None
-) -> jax.Array:
+def choose(
+    x: jax.Array,
+    codes: jax.Array,
+    scales: jax.Array,
+    codebook: jax.Array,
+    nested: Nested | None = None,
+    index: jax.Array | None = None,
+    *,
+    block: int,
+    features: int,
+    layout: str = layouts.BITSANDBYTES,
+    backend: str | None = None,
+) -> tuple[Choice, Choice]:
+    """Which backend would multiply these operands (``ShapeDtypeStruct`` will do), and which would
+    take the gradient; nothing runs. Raises what ``quantized_matmul`` raises.
+    """
+    operands = (codes, scales, codebook, nested, index)
+    static = Static(block, layout, backend)
+    g = jax.ShapeDtypeStruct((x.shape[0], features), x.dtype)
+
+    def answer(name: str, x: Any, features: int) -> Choice:
+        return dispatch.choose(name, backends(name, features, static), backend, x, *operands)
+
+    return answer("quantized_matmul", x, features), answer("transposed", g, x.shape[1])
+
+
+def backends(name: str, features: int, static: Static) -> dict[str, Callable[..., jax.Array]]:
+    """What implements ``quantized_matmul`` or ``transposed`` (its counterpart for the gradient):
+    functions of ``(x, codes, scales, codebook, nested, index)``, in no order."""
+    options: dict[str, Any] = {"block": static.block, "features": features}
+    kernel = functools.partial(getattr(pallas_triton, name), **options)
+    kernel = layouts.only_bitsandbytes(kernel, static.layout)
+    return {
+        "triton": kernel,
+        "triton_interpret": functools.partial(kernel, interpret=True),
+        "reference": functools.partial(getattr(reference, name), **options, layout=static.layout),
+    }
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def differentiable(x: jax.Array, operands: Operands, features: int, static: Static) -> jax.Array:
     """The product on the chosen backend, with the gradient rule below."""
-    return product("quantized_matmul", x, operands, block, features, layout, backend)
+    return product("quantized_matmul", x, operands, features, static)
 
 
 def forward(
-    x: jax.Array, operands: Operands, block: int, features: int, layout: str, backend: str | None
+    x: jax.Array, operands: Operands, features: int, static: Static
 ) -> tuple[jax.Array, tuple[Operands, int]]:
     """The product, and codes and scales as residuals."""
-    y = product("quantized_matmul", x, operands, block, features, layout, backend)
-    return y, (operands, x.shape[1])
+    return product("quantized_matmul", x, operands, features, static), (operands, x.shape[1])
 
 
 def backward(
-    block: int,
-    features: int,
-    layout: str,
-    backend: str | None,
-    residuals: tuple[Operands, int],
-    g: jax.Array,
+    features: int, static: Static, residuals: tuple[Operands, int], g: jax.Array
 ) -> tuple[jax.Array, None]:
     """``g @ W.T`` for ``x``, nothing for the stored operands."""
     operands, columns = residuals
-    return product("transposed", g, operands, block, columns, layout, backend), None
+    return product("transposed", g, operands, columns, static), None
 
 
 differentiable.defvjp(forward, backward)
 
 
 def product(
-    name: str,
-    x: jax.Array,
-    operands: Operands,
-    block: int,
-    features: int,
-    layout: str,
-    backend: str | None,
+    name: str, x: jax.Array, operands: Operands, features: int, static: Static
 ) -> jax.Array:
-    """``quantized_matmul`` or ``transposed`` (its counterpart for the gradient) on a backend."""
-    static: dict[str, Any] = {"block": block, "features": features}
-    kernel = functools.partial(getattr(pallas_triton, name), x, *operands, **static)
-    kernel = layouts.only_bitsandbytes(kernel, layout)
-    backends = {
-        "triton": kernel,
-        "triton_interpret": functools.partial(kernel, interpret=True),
-        "reference": functools.partial(
-            getattr(reference, name), x, *operands, **static, layout=layout
-        ),
-    }
-    return dispatch.run(f"quantized_matmul ({name})", backends, backend)
+    """``quantized_matmul`` or ``transposed`` on a backend, with rules for ``vmap``."""
+    found = backends(name, features, static)
+
+    def serve(x: jax.Array, operands: Operands) -> jax.Array:
+        return dispatch.run(name, found, static.backend, x, *operands)
+
+    return batchable_product(serve)(x, operands)
