@@ -8,6 +8,7 @@ import jax
 from jqlora import tree
 from jqlora.errors import ConfigError
 from jqlora.quant.qtensor import QTensor
+from jqlora.quant.schemes import SCHEMES
 from jqlora.types import Params
 from jqlora_kernels.layouts import BITSANDBYTES, check_layout, repack
 
@@ -28,6 +29,8 @@ def with_layout(q: QTensor, layout: str) -> QTensor:
         check_layout(layout, inputs)
     except ValueError as error:
         raise ConfigError(f"kernel {q.shape}: {error}") from error
+    if layout != BITSANDBYTES and SCHEMES[q.scheme].codes_per_byte != 2:
+        raise ConfigError(f"kernel {q.shape}: {layout=} is for codes of 4 bits, not {q.scheme}")
     if layout != BITSANDBYTES and inputs % q.block:
         raise ConfigError(
             f"kernel {q.shape}: {layout=} needs rows that end with a block of {q.block}"

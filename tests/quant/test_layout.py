@@ -10,6 +10,7 @@ from jqlora.io import bnb
 from jqlora.merging import requantize
 from jqlora.quant import (
     FP4,
+    INT8,
     NF4,
     params_with_layout,
     quantize,
@@ -85,3 +86,8 @@ def test_a_matrix_that_cannot_have_the_layout_is_refused(shape, block, layout, s
     q = quantize(jnp.ones(shape), NF4(block=block))
     with pytest.raises(ConfigError, match=said):
         with_layout(q, layout)
+
+
+def test_codes_of_eight_bits_have_one_layout():
+    with pytest.raises(ConfigError, match="int8"):
+        with_layout(quantize(jnp.ones((256, 8)), INT8()), HOPPER)

@@ -13,6 +13,7 @@ import jax
 from jqlora_kernels import dispatch, layouts
 from jqlora_kernels.batching import Operands, batchable_product
 from jqlora_kernels.dispatch import Choice
+from jqlora_kernels.optional import lazily
 from jqlora_kernels.quantized_matmul import pallas_triton, reference
 from jqlora_kernels.scales import Nested
 
@@ -82,10 +83,14 @@ def backends(name: str, features: int, static: Static) -> dict[str, Callable[...
     options: dict[str, Any] = {"block": static.block, "features": features}
     kernel = functools.partial(getattr(pallas_triton, name), **options)
     kernel = layouts.only_bitsandbytes(kernel, static.layout)
+    options["layout"] = static.layout
+    mosaic = functools.partial(lazily, f"{__package__}.pallas_mosaic", name, **options)
     return {
         "triton": kernel,
         "triton_interpret": functools.partial(kernel, interpret=True),
-        "reference": functools.partial(getattr(reference, name), **options, layout=static.layout),
+        "mosaic": mosaic(),
+        "mosaic_interpret": mosaic(interpret=True),
+        "reference": functools.partial(getattr(reference, name), **options),
     }
 
 

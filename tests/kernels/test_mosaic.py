@@ -1,0 +1,154 @@
+"""The kernel for Hopper, as far as that can be proven without one.
+
+The interpreter runs the pipeline, the layout, the scales and the products, and finds races; it
+cannot run the instructions that look nibbles up, so those are run here by a model of ``prmt``.
+Lowering and compiling show that the rest of the device's form is one that exists.
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jqlora.quant import FP4, INT8, NF4, fp4_codebook, nf4_codebook, quantize, with_layout
+from jqlora_kernels.layouts import HOPPER
+from jqlora_kernels.quantized_matmul import quantized_matmul
+
+mgpu = pytest.importorskip("jax.experimental.mosaic.gpu")
+plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
+mosaic_tiles = pytest.importorskip("jqlora_kernels.mosaic_tiles")
+
+needs_interpreter = pytest.mark.skipif(
+    not hasattr(plgpu, "InterpretGPUParams"), reason="JAX before 0.11 cannot interpret Mosaic"
+)
+BUDGET = {"bfloat16": 2**-7, "float16": 2**-10}
+CASES = [
+    (NF4(double_quant=True), "bfloat16", (20, 256, 128)),
+    (FP4(block=128), "float16", (130, 256, 256)),
+]
+
+
+def prmt(a, b, selectors):
+    """PTX's ``prmt.b32``: four bytes picked out of eight, (b, a) from the top."""
+    octets = np.stack([x >> shift & 255 for x in (a, b) for shift in (0, 8, 16, 24)])
+    picked = [octets[selectors >> 4 * i & 7, np.arange(octets.shape[1])] for i in range(4)]
+    assert not (selectors & 0x8888 & 0xFFFF).any(), "a selector with its sign bit copies the sign"
+    return sum(byte << np.uint32(8 * i) for i, byte in enumerate(picked)).astype(np.uint32)
+
+
+@pytest.mark.parametrize("codebook", [nf4_codebook(), fp4_codebook()], ids=["nf4", "fp4"])
+def test_the_instructions_find_the_exact_value_of_every_nibble(codebook):
+    rng = np.random.default_rng(0)
+    octets = np.arange(256, dtype=np.uint8)
+    codes = np.stack([*rng.integers(0, 256, (3, 256), np.uint8), octets], axis=-1)
+    codes = np.concatenate([codes, np.roll(codes, 1, axis=-1)])
+    table = np.asarray(mosaic_tiles.table_words(jnp.asarray(codebook))).view(np.uint32)
+    words = [np.full(len(codes), word) for word in table]
+
+    def constant(value):
+        return np.full(len(codes), value, np.uint32)
+
+    found = mosaic_tiles.look_up_nibbles(codes.view(np.uint32)[:, 0], words, prmt, constant)
+    nibbles = np.stack([codes & 15, codes >> 4], axis=-1).reshape(len(codes), 8)
+    expected = codebook[nibbles].view(np.uint32)
+    np.testing.assert_array_equal(np.stack(found, axis=-1), expected)
+
+
+def test_the_registers_of_operands_are_where_the_layout_of_codes_supposes():
+    # a lane holds four neighbouring bytes of 16, and two neighbouring 16-bit elements of 8
+    assert mgpu.WGMMA_LAYOUT_8BIT.tiling.tiles == ((64, 16), (16, 16), (8, 16), (4,))
+    assert mgpu.WGMMA_LAYOUT.tiling.tiles == ((64, 8), (16, 8), (8, 8), (2,))
+    for layout in (mgpu.WGMMA_LAYOUT, mgpu.WGMMA_LAYOUT_8BIT):
+        assert layout.warp_dims == (-7,)
+        assert layout.lane_dims == (-3, -2)
+        assert layout.vector_dim == -1
+
+
+def stack(spec, inputs, outputs):
+    """(operands in bitsandbytes' layout, the same in the kernel's) of two random matrices."""
+    q = quantize(jax.random.normal(jax.random.key(inputs), (2, inputs, outputs)) / 10, spec)
+    return q.kernel_operands(), with_layout(q, HOPPER).kernel_operands()
+
+
+@needs_interpreter
+@pytest.mark.parametrize(("spec", "dtype", "shape"), CASES, ids=str)
+def test_products_and_gradients_agree_with_the_definition_and_do_not_race(spec, dtype, shape):
+    rows, inputs, outputs = shape
+    plain, packed = stack(spec, inputs, outputs)
+    x = jax.random.normal(jax.random.key(1), (rows, inputs)).astype(dtype)
+    multiply = functools.partial(quantized_matmul, block=spec.block, features=outputs)
+
+    def both(operands, **options):
+        y, pull = jax.vjp(lambda x: multiply(x, *operands, jnp.int32(1), **options), x)
+        return y, *pull(jnp.cos(y))
+
+    expected = both(plain, backend="reference")
+    actual = both(packed, layout=HOPPER, backend="mosaic_interpret")
+    for e, a in zip(expected, actual, strict=True):
+        assert a.dtype == e.dtype
+        e, a = np.asarray(e, np.float32), np.asarray(a, np.float32)
+        assert np.abs(a - e).max() <= BUDGET[dtype] * np.abs(e).max()
+
+
+@pytest.mark.parametrize(("spec", "dtype"), [case[:2] for case in CASES], ids=str)
+@pytest.mark.parametrize("rows", [4, 1000])
+def test_the_kernels_lower_and_read_the_layer_where_it_lies(spec, dtype, rows, cuda_text):
+    shapes = jax.eval_shape(lambda: stack(spec, 1024, 256)[1])
+
+    def loss(x, operands, index):
+        options = {"block": spec.block, "layout": HOPPER, "backend": "mosaic"}
+        y = quantized_matmul(x, *operands, index, features=256, **options)
+        return (y.astype(jnp.float32) ** 2).sum()
+
+    x = jax.ShapeDtypeStruct((rows, 1024), dtype)
+    text = cuda_text(jax.grad(loss), x, shapes, jax.ShapeDtypeStruct((), jnp.int32))
+    assert text.count("custom_call @mosaic_gpu") == 2
+    assert "dynamic_slice" not in text
+
+
+REFUSED = [
+    ({"layout": "bitsandbytes"}, "layout"),
+    ({"dtype": "float32"}, "float32"),
+    ({"spec": NF4(block=32)}, "block=32"),
+    ({"spec": INT8()}, "256 levels"),
+    ({"outputs": 192}, "N=192"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), REFUSED, ids=[said for _, said in REFUSED])
+def test_what_it_cannot_serve_it_refuses_with_the_limit(change, said):
+    case = {"layout": HOPPER, "dtype": "bfloat16", "spec": NF4(), "outputs": 128} | change
+    q = quantize(jnp.ones((128, case["outputs"])), case["spec"])
+    x = jnp.ones((4, 128), case["dtype"])
+    with pytest.raises(NotImplementedError, match=said):
+        quantized_matmul(
+            x,
+            *q.kernel_operands(),
+            block=q.block,
+            features=case["outputs"],
+            layout=case["layout"],
+            backend="mosaic",
+        )
+
+
+def test_rows_that_end_inside_a_span_are_refused():
+    q = quantize(jnp.ones((192, 128)), NF4())
+    with pytest.raises(NotImplementedError, match="K=192"):
+        quantized_matmul(
+            jnp.ones((4, 192), jnp.bfloat16),
+            *q.kernel_operands(),
+            block=64,
+            features=128,
+            layout=HOPPER,
+            backend="mosaic",
+        )
+
+
+def test_no_platform_prefers_what_no_device_has_run():
+    from jqlora_kernels.dispatch import ORDER
+
+    names = set(itertools.chain(*ORDER.values()))
+    assert not {name for name in names if name.startswith("mosaic")}
