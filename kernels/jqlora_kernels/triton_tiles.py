@@ -7,6 +7,7 @@ Triton knows neither ragged arrays nor gathers from values. So tiles are powers 
 beyond an edge is masked, and tables are read from memory, where they stay cached.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,7 +21,6 @@ from jqlora_kernels.scales import GROUP, Nested, add_rounded
 
 WHOLE = pl.BlockSpec(memory_space=pl.ANY)
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
-SMALLEST_DOT = 16
 Refs = tuple[Any, ...]
 
 
@@ -35,8 +35,6 @@ def flat_operands(
 
     Without ``index`` there is one layer number for every element of the lead axes, else just that.
     """
-    if codes_per_byte(codebook) != 2:
-        raise NotImplementedError("8-bit codes: the kernel reads two codes to a byte")
     lead = codes.shape[:-2] if index is None else codes.shape[:1]
     count = 1
     for size in lead:
@@ -69,11 +67,34 @@ def load_scales(scales: Any, nested: Refs, layer: jax.Array, block: jax.Array, m
 
 
 def decode(codes: Any, codebook: Any, layer: jax.Array, byte: jax.Array, mask: jax.Array):
-    """fp32 codebook values of the (high, low) nibbles of the bytes numbered ``byte``."""
+    """fp32 codebook values of the bytes numbered ``byte``: those of the high and low nibbles, or of
+    whole bytes, a tuple of one for each code in a byte."""
     packed = plt.load(codes.at[layer, byte], mask=mask, other=0).astype(jnp.int32)
+    if codes_per_byte(codebook) == 1:
+        return (codebook[packed],)
     return codebook[packed >> 4], codebook[packed & 15]
 
 
-def compiler_params(warps: int, stages: int) -> plt.CompilerParams:
-    """Always explicit: without them the backend that Pallas picks differs between JAX versions."""
-    return plt.CompilerParams(num_warps=warps, num_stages=stages)
+def call(
+    kernel: Callable[..., None],
+    operands: tuple[jax.Array, ...],
+    *,
+    grid: tuple[int, ...],
+    out: jax.ShapeDtypeStruct,
+    warps: int,
+    stages: int,
+    interpret: bool,
+    name: str,
+) -> jax.Array:
+    """One kernel over whole operands."""
+    return pl.pallas_call(
+        kernel,
+        grid=grid,
+        in_specs=[WHOLE] * len(operands),
+        out_specs=WHOLE,
+        out_shape=out,
+        # Always explicit: without them the backend that Pallas picks differs between JAX versions.
+        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=stages),
+        interpret=interpret,
+        name=name,
+    )(*operands)

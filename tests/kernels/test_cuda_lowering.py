@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jqlora.quant import FP4, NF4, quantize
+from jqlora.quant import FP4, INT8, NF4, quantize
 from jqlora_kernels.dequantize_blockwise import dequantize_blockwise
 from jqlora_kernels.quantized_matmul import quantized_matmul
 
@@ -33,7 +33,7 @@ def cuda_text(function, *shapes):
     return lowered.as_text()
 
 
-SPECS = [NF4(), NF4(double_quant=True, block=32), FP4(double_quant=True, block=4096)]
+SPECS = [NF4(), NF4(double_quant=True, block=32), FP4(double_quant=True, block=4096), INT8()]
 
 
 def stack_of(spec):
@@ -52,7 +52,7 @@ def test_decoding_lowers_to_a_triton_kernel(spec):
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-@pytest.mark.parametrize("rows", [5, 1000])
+@pytest.mark.parametrize("rows", [3, 5, 1000])
 def test_products_and_gradients_lower_without_a_copy_of_the_layer(spec, rows):
     def loss(x, operands, index):
         y = quantized_matmul(x, *operands, index, block=spec.block, features=96, backend="triton")

@@ -11,17 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jqlora.quant import FP4, NF4, quantize
+from jqlora.quant import FP4, INT8, NF4, quantize
 from jqlora.quant.spec import BLOCKS
+from jqlora_kernels import tuning
 from jqlora_kernels.dequantize_blockwise import dequantize_blockwise
-from jqlora_kernels.quantized_matmul import pallas_triton, quantized_matmul
+from jqlora_kernels.quantized_matmul import quantized_matmul
 from jqlora_kernels.shapes import FLAT, MODEL_LAYERS, RAGGED
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
 )
 BUDGET = {"float32": 1e-6, "bfloat16": 2**-7, "float16": 2**-10}
-SPECS = [kind(double_quant=nested) for kind in (NF4, FP4) for nested in (False, True)]
+SPECS = [kind(double_quant=nested) for kind in (NF4, FP4, INT8) for nested in (False, True)]
+EVERY_BLOCK = [*zip(BLOCKS, (3, 17) * 4, (NF4, INT8) * 4, strict=True)]
 # Interpreting a kernel copies whole operands at every step: the widest layers take minutes each.
 LAYERS = {name: shape for name, shape in MODEL_LAYERS.items() if shape[0] * shape[1] <= 2**19}
 
@@ -111,11 +113,22 @@ def test_products_agree_in_every_dtype(spec, dtype):
     assert_multiplies_alike(rows_of(5, 192, dtype), operands, 64, 70)
 
 
-@pytest.mark.parametrize("block", [block for block in BLOCKS if block != 64])
-def test_products_agree_for_every_block(block):
+@pytest.mark.parametrize(("block", "count", "kind"), EVERY_BLOCK)
+def test_products_agree_for_every_block(block, count, kind):
     inputs = max(block, 256)
-    operands, _ = layer(inputs, 20, NF4(block=block, double_quant=True), "float32")
-    assert_multiplies_alike(rows_of(3, inputs, "float32"), operands, block, 20)
+    operands, _ = layer(inputs, 20, kind(block=block, double_quant=True), "float32")
+    assert_multiplies_alike(rows_of(count, inputs, "float32"), operands, block, 20)
+
+
+@pytest.mark.parametrize("count", [1, 7])
+@pytest.mark.parametrize(("inputs", "spec"), [(192, NF4(double_quant=True)), (96, INT8(block=32))])
+def test_few_rows_agree_with_and_without_tensor_cores(count, inputs, spec, monkeypatch):
+    operands, _ = layer(inputs, 6, spec, "bfloat16")
+    for vector_rows in (0, 16):
+        limits = tuning.Tuning(vector_rows, 256, measured=False)
+        monkeypatch.setattr(tuning, "here", lambda limits=limits: limits)
+        x = rows_of(count, inputs, "bfloat16")
+        assert_multiplies_alike(x, operands, spec.block, 6)
 
 
 def test_products_agree_for_one_matrix_of_a_stack():
@@ -125,7 +138,7 @@ def test_products_agree_for_one_matrix_of_a_stack():
 
 def test_many_rows_are_multiplied_by_the_matrix_decoded_once():
     operands, _ = layer(64, 20, NF4(double_quant=True), "float32")
-    x = rows_of(pallas_triton.FUSED_ROWS + 1, 64, "float32")
+    x = rows_of(tuning.here().fused_rows + 1, 64, "float32")
     assert_multiplies_alike(x, operands, 64, 20)
 
 

@@ -14,6 +14,7 @@ from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 
 from jqlora_kernels import triton_tiles
+from jqlora_kernels.packing import codes_per_byte
 from jqlora_kernels.scales import Nested
 
 TILE = 512
@@ -34,8 +35,8 @@ def dequantize_blockwise(
 ) -> jax.Array:
     """As ``reference.dequantize_blockwise``; values are equal bit for bit.
 
-    Raises ``NotImplementedError`` for other dtypes than fp32, bf16 and fp16, for rows that end in
-    half a byte, and for matrices whose elements outnumber an int32.
+    Raises ``NotImplementedError`` for other dtypes than fp32, bf16 and fp16, for rows that end
+    inside a block, and for matrices whose elements outnumber an int32.
     """
     rows = codes.shape[-2]
     triton_tiles.check_dtype(dtype)
@@ -48,31 +49,35 @@ def dequantize_blockwise(
     lead = codes.shape[:-2] if index is None else ()
     operands = triton_tiles.flat_operands(codes, scales, codebook, nested, index)
     count = rows * columns
-    values = pl.pallas_call(
+    values = triton_tiles.call(
         functools.partial(decode_tile, block=block, count=count),
+        operands,
         grid=(math.prod(lead), pl.cdiv(operands[1].shape[1], TILE)),
-        in_specs=[triton_tiles.WHOLE] * len(operands),
-        out_specs=triton_tiles.WHOLE,
-        out_shape=jax.ShapeDtypeStruct((math.prod(lead), count), dtype),
-        compiler_params=triton_tiles.compiler_params(warps=4, stages=1),
+        out=jax.ShapeDtypeStruct((math.prod(lead), count), dtype),
+        warps=4,
+        stages=1,
         interpret=interpret,
         name="dequantize_blockwise",
-    )(*operands)
+    )
     return values.reshape(*lead, rows, columns)
 
 
 def decode_tile(layers, codes, scales, codebook, *refs, block: int, count: int) -> None:
     """One tile: runs of bytes that share a scale along the columns, scales along the rows."""
     *nested, out = refs
-    run = min(block // 2, TILE)
+    parts = codes_per_byte(codebook)
+    run = min(block // parts, TILE)
     place = pl.program_id(0)
     layer = layers[place]
     start = pl.program_id(1) * TILE + jnp.arange(TILE // run, dtype=jnp.int32) * run
     scale = triton_tiles.load_scales(
-        scales, tuple(nested), layer, start // (block // 2), mask=2 * start < count
+        scales, tuple(nested), layer, start // (block // parts), mask=parts * start < count
     )
     byte = start[:, None] + jnp.arange(run, dtype=jnp.int32)[None, :]
-    high, low = triton_tiles.decode(codes, codebook, layer, byte, mask=2 * byte < count)
-    values = jnp.stack([high * scale[:, None], low * scale[:, None]], axis=-1)
+    decoded = triton_tiles.decode(codes, codebook, layer, byte, mask=parts * byte < count)
+    scaled = [(values * scale[:, None]).astype(out.dtype) for values in decoded]
+    if parts == 1:
+        plt.store(out.at[place, byte], scaled[0], mask=byte < count)
+        return
     element = 2 * byte[:, :, None] + jnp.arange(2, dtype=jnp.int32)[None, None, :]
-    plt.store(out.at[place, element], values.astype(out.dtype), mask=element < count)
+    plt.store(out.at[place, element], jnp.stack(scaled, axis=-1), mask=element < count)
