@@ -238,6 +238,26 @@ def test_a_quantized_stack_is_not_copied_by_a_training_step():
     assert decoded not in text  # no whole stack of decoded weights exists at any time
 
 
+def test_remat_keeps_the_outputs_of_projections_whatever_makes_them():
+    # a quantized product is made of partial sums, an adapted one of two paths: none is kept
+    model = toy_models.llama().clone(remat="dots")
+    params = toy_models.params_of(model)
+
+    def kept(params):
+        ours = plan(model, params, LoRA(rank=2), IDS)
+        apply = bind(model, ours)
+
+        def run(adapters):
+            return jax.vjp(lambda a: apply({"params": params, **a}, IDS).logits, adapters)[1]
+
+        residuals = jax.tree.leaves(jax.eval_shape(run, init(jax.random.key(0), ours)))
+        stack = (toy_models.DEPTH, *IDS.shape)
+        return sorted(leaf.shape for leaf in residuals if leaf.shape[:3] == stack)
+
+    assert kept(quantize_params(params, NF4(block=32))) == kept(params)
+    assert len(kept(params)) == 7  # q, k, v, o, gate, up, and the layer's input
+
+
 MISTAKES = {
     "rank": ({"rank": 0}, "rank=0"),
     "pattern": ({"rank_pattern": {"q": 1.5}}, r"rank_pattern\['q'\]=1.5"),

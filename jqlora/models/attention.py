@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jqlora.models.config import LlamaConfig
 from jqlora.models.masks import Attending
+from jqlora.models.projection import project
 from jqlora.models.rope import rotate
 
 Attention: TypeAlias = Literal["auto", "xla", "cudnn"]
@@ -51,18 +52,19 @@ class SelfAttention(nn.Module):
         config = self.config
         batch, length, _ = x.shape
 
-        def project(name: str, y: jax.Array, features: int, bias: bool) -> jax.Array:
-            return nn.Dense(
+        def through(name: str, y: jax.Array, features: int, bias: bool) -> jax.Array:
+            return project(
+                y,
                 features,
+                name,
                 use_bias=bias,
+                initializer_range=config.initializer_range,
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
-                kernel_init=nn.initializers.normal(config.initializer_range),
-                name=name,
-            )(y)
+            )
 
         def heads(name: str, count: int) -> jax.Array:
-            y = project(name, x, count * config.head_dim, config.qkv_bias)
+            y = through(name, x, count * config.head_dim, config.qkv_bias)
             return y.reshape(batch, length, count, config.head_dim)
 
         queries = heads("q_proj", config.num_attention_heads)
@@ -99,4 +101,4 @@ class SelfAttention(nn.Module):
             )
         mixed = mixed.astype(queries.dtype)
         mixed = mixed.reshape(batch, length, -1)
-        return project("o_proj", mixed, config.hidden_size, config.output_bias), fresh
+        return through("o_proj", mixed, config.hidden_size, config.output_bias), fresh

@@ -18,9 +18,10 @@ from jqlora.models.masks import Attending
 from jqlora.models.norm import RMSNorm
 from jqlora.models.outputs import CausalLMOutput, KVCache
 from jqlora.models.preparation import append, attending_for
+from jqlora.models.projection import KEPT, project
 
 Remat = Literal["none", "dots", "full"]
-POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+POLICIES = {"dots": jax.checkpoint_policies.save_only_these_names(KEPT), "full": None}
 
 
 class MLP(nn.Module):
@@ -34,19 +35,20 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         config = self.config
 
-        def project(name: str, y: jax.Array, features: int) -> jax.Array:
-            return nn.Dense(
+        def through(name: str, y: jax.Array, features: int) -> jax.Array:
+            return project(
+                y,
                 features,
+                name,
                 use_bias=config.mlp_bias,
+                initializer_range=config.initializer_range,
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
-                kernel_init=nn.initializers.normal(config.initializer_range),
-                name=name,
-            )(y)
+            )
 
-        gate = ACTIVATIONS[config.hidden_act](project("gate_proj", x, config.intermediate_size))
-        up = project("up_proj", x, config.intermediate_size)
-        return project("down_proj", gate * up, config.hidden_size)
+        gate = ACTIVATIONS[config.hidden_act](through("gate_proj", x, config.intermediate_size))
+        up = through("up_proj", x, config.intermediate_size)
+        return through("down_proj", gate * up, config.hidden_size)
 
 
 class DecoderLayer(nn.Module):
