@@ -91,13 +91,11 @@ def _gather(flat: dict[Path, Any], placement: Placement, keep: np.ndarray, *, wi
     order = np.argsort(~keep, axis=-1, kind="stable")[..., :width]
     there = np.take_along_axis(keep, order, axis=-1)
     for name, axis in (("p", -1), ("lam", -1), ("q", -2)):
-        leaf = jnp.asarray(flat[_leaf(placement, name)])
+        leaf = np.asarray(flat[_leaf(placement, name)])
         other = -2 if axis == -1 else -1
         index, real = np.expand_dims(order, other), np.expand_dims(there, other)
-        taken = jnp.take_along_axis(leaf, jnp.asarray(index), axis=axis)
-        flat[_leaf(placement, name)] = jnp.where(
-            jnp.asarray(real), taken, jnp.zeros((), leaf.dtype)
-        )
+        taken = np.take_along_axis(leaf, index, axis=axis)
+        flat[_leaf(placement, name)] = jnp.asarray(taken * real.astype(leaf.dtype))
 
 
 def _lora_spec(spec: AdaLoRA, plan: Plan) -> LoRA:
