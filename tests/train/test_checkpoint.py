@@ -1,5 +1,7 @@
 """Checkpoints: bit-identical, atomic, few, and never trusted when damaged."""
 
+import contextlib
+import resource
 import shutil
 
 import jax
@@ -123,3 +125,30 @@ def test_a_place_that_cannot_be_written_is_one_error(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(SaveError, match="cannot write"):
         Checkpoints(tmp_path / "file" / "checkpoints").save(state_at(1), {})
+
+
+@contextlib.contextmanager
+def no_file_beyond(size):
+    """What a full disk does to a writer: the system refuses in the middle of a file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [0, 4096])
+def test_a_disk_that_fills_up_is_one_error_and_leaves_earlier_checkpoints(size, checkpoints):
+    noise = np.random.default_rng(0).standard_normal((256, 256)).astype(np.float32)
+    large = {"lora": {"kernel": jnp.asarray(noise)}}  # 256 KiB that compress to no less
+    first = state_at(2, adapters=large)
+    checkpoints.save(first, {"next": 3})
+    with no_file_beyond(size), pytest.raises(SaveError, match="cannot write"):
+        checkpoints.save(state_at(4, adapters=large), {"next": 5})
+    assert checkpoints.steps() == [2]
+    state, position = checkpoints.restore_latest(state_at(0, adapters=large))
+    assert_identical(state, first)
+    assert position == {"next": 3}
+    checkpoints.save(state_at(4, adapters=large), {"next": 5})
+    assert checkpoints.steps() == [2, 4]
