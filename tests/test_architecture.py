@@ -24,7 +24,7 @@ LAYERS = [
 ]
 # What a room may use beyond the standard library and jqlora; None leaves it free.
 THIRD_PARTY = {
-    "jqlora_kernels": {"jax", "numpy", "jaxtyping"},
+    "jqlora_kernels": {"jax", "numpy", "jaxtyping", "jax_triton", "triton", "matplotlib"},
     "models": {"jax", "flax", "numpy"},
 }
 FORBIDDEN_EVERYWHERE = {"torch", "peft", "bitsandbytes"}

@@ -8,6 +8,7 @@ from jax.typing import DTypeLike
 from jqlora_kernels import dispatch, layouts
 from jqlora_kernels.batching import Operands, batchable_decode
 from jqlora_kernels.dequantize_blockwise import pallas_triton, reference
+from jqlora_kernels.optional import lazily
 from jqlora_kernels.scales import Nested
 
 
@@ -26,9 +27,10 @@ def dequantize_blockwise(
 ) -> jax.Array:
     """Values [*lead, rows, columns]; see ``reference.dequantize_blockwise`` for the operands.
 
-    ``backend``: "reference", "triton", "triton_interpret" (the same kernel emulated on a CPU), or
-    None for the platform's choice. ``layout`` is one of ``layouts.LAYOUTS``. Raises what
-    ``dispatch.run`` raises.
+    ``backend``: "reference", "triton", "triton_interpret" (the same kernel emulated on a CPU),
+    "jax_triton" (without Pallas; never run on a device yet, so by name only), or None for the
+    platform's choice. ``layout`` is one of ``layouts.LAYOUTS``. Raises what ``dispatch.run``
+    raises.
     """
     static = {"block": block, "columns": columns, "dtype": dtype}
     kernel = functools.partial(pallas_triton.dequantize_blockwise, **static)
@@ -36,6 +38,9 @@ def dequantize_blockwise(
     backends = {
         "triton": kernel,
         "triton_interpret": functools.partial(kernel, interpret=True),
+        "jax_triton": lazily(
+            f"{__package__}.jax_triton", "dequantize_blockwise", **static, layout=layout
+        ),
         "reference": functools.partial(reference.dequantize_blockwise, **static, layout=layout),
     }
 

@@ -43,7 +43,8 @@ def quantized_matmul(
 
     See ``reference.quantized_matmul`` for the operands. With ``index`` (int32 scalar) every stored
     operand has one lead axis, and that element of it is used without being copied out first.
-    Cotangents reach ``x`` only. ``backend`` and ``layout`` as in ``dequantize_blockwise``.
+    Cotangents reach ``x`` only. ``backend`` and ``layout`` as in ``dequantize_blockwise``; besides,
+    "mosaic" for Hopper and "mosaic_interpret", by name only until a device has run it.
 
     Under ``vmap`` a batch of ``x`` becomes more rows; a batch of matrices is multiplied one by one.
     """
@@ -88,6 +89,7 @@ def backends(name: str, features: int, static: Static) -> dict[str, Callable[...
     return {
         "triton": kernel,
         "triton_interpret": functools.partial(kernel, interpret=True),
+        "jax_triton": lazily(f"{__package__}.jax_triton", name, **options),
         "mosaic": mosaic(),
         "mosaic_interpret": mosaic(interpret=True),
         "reference": functools.partial(getattr(reference, name), **options),
