@@ -6,6 +6,8 @@ and optimizer will take. Only the headers of the model's files are read.
 
 import argparse
 
+from jqlora.cli.shared import add_config_arguments
+
 HELP = "show what a config would train, without allocating it"
 EXAMPLES = (
     "jqlora plan configs/run/demo.yaml",
@@ -14,13 +16,8 @@ EXAMPLES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """CONFIG files and overrides, as for ``train``."""
-    parser.add_argument(
-        "config",
-        nargs="+",
-        metavar="CONFIG|key=value",
-        help="YAML files, and settings such as method.rank=64",
-    )
+    """CONFIG files and overrides."""
+    add_config_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:

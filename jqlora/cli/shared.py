@@ -18,6 +18,16 @@ FILE_SCHEMES = ("nf4", "nf4-dq", "fp4", "fp4-dq")
 SCHEMES = (*FILE_SCHEMES, "int8", "int8-dq")
 
 
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """CONFIG files and ``key=value`` overrides, in any order; :func:`config_of` reads them."""
+    parser.add_argument(
+        "config",
+        nargs="+",
+        metavar="CONFIG|key=value",
+        help="YAML files, and settings such as train.lr=1e-4 (values are YAML)",
+    )
+
+
 def config_of(words: Sequence[str]) -> "RunConfig":
     """The config that a command line's files and ``key=value`` words describe."""
     from jqlora.config import read_config

@@ -8,6 +8,8 @@ it.
 
 import argparse
 
+from jqlora.cli.shared import add_config_arguments
+
 HELP = "fine-tune a model as a config says"
 EXAMPLES = (
     "jqlora train configs/run/demo.yaml",
@@ -17,13 +19,8 @@ EXAMPLES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """CONFIG files and overrides, in any order."""
-    parser.add_argument(
-        "config",
-        nargs="+",
-        metavar="CONFIG|key=value",
-        help="YAML files, and settings such as train.lr=1e-4 (values are YAML)",
-    )
+    """CONFIG files and overrides."""
+    add_config_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:

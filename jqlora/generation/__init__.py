@@ -5,6 +5,7 @@ programs. Pass the same bound function each time: a new one is compiled anew.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -21,54 +22,61 @@ SMALLEST_BUCKET = 32
 EOS_PLACES = 4  # up to so many end tokens share a program
 
 
-def _start(
-    apply: Apply,
-    variables: Variables,
-    input_ids: Any,
-    attention_mask: Any,
-    *,
-    model: Any,
-    max_new_tokens: int,
-    eos_ids: Sequence[int],
-    pad_id: int | None,
-    sampling: Sampling,
-    key: jax.Array | None,
-) -> tuple[Program, State]:
-    """Checks the request, pads the prompts into their bucket and runs the prefill."""
-    ids = np.asarray(input_ids, np.int32)
-    mask = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask, np.int32)
-    if ids.ndim != 2 or ids.shape != mask.shape or ids.shape[1] == 0:
-        raise ConfigError(
-            f"input_ids {ids.shape} and attention_mask {mask.shape} must be one shape [B, T], T > 0"
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked for beside the prompts; the fields are the keywords of :func:`generate`."""
+
+    model: Any
+    max_new_tokens: int
+    eos_ids: Sequence[int]
+    pad_id: int | None
+    sampling: Sampling
+    key: jax.Array | None
+
+    def start(
+        self, apply: Apply, variables: Variables, input_ids: Any, attention_mask: Any
+    ) -> tuple[Program, State]:
+        """Checks the request, pads the prompts into their bucket and runs the prefill."""
+        ids = np.asarray(input_ids, np.int32)
+        mask = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask, np.int32)
+        self._check(ids, mask)
+        bucket = max(SMALLEST_BUCKET, 1 << (ids.shape[1] - 1).bit_length())
+        left = ((0, 0), (bucket - ids.shape[1], 0))
+        pad_id = self.pad_id
+        if pad_id is None:
+            pad_id = self.eos_ids[0] if self.eos_ids else 0
+        slots = bucket + self.max_new_tokens
+        program = Program(apply=apply, model=self.model, sampling=self.sampling, slots=slots)
+        state = prefill(
+            program,
+            variables,
+            np.pad(ids, left),
+            np.pad(mask, left),
+            jax.random.key(0) if self.key is None else self.key,  # greedy never reads it
+            np.array([*self.eos_ids, *[-1] * (EOS_PLACES - len(self.eos_ids))], np.int32),
+            np.int32(pad_id),
         )
-    if not mask[:, -1].all():
-        raise ConfigError("prompts must be padded on the left: a row ends in padding")
-    if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    if sampling.temperature > 0 and key is None:
-        raise ConfigError(f"temperature={sampling.temperature} samples: give a key")
-    prompt, longest = int(mask.sum(axis=1).max()), model.config.longest
-    if prompt + max_new_tokens > longest:
-        raise ConfigError(
-            f"a prompt of {prompt} tokens and max_new_tokens={max_new_tokens} exceed the model's "
-            f"{longest} positions; shorten the prompt or ask for at most "
-            f"{max(longest - prompt, 0)} new tokens"
-        )
-    bucket = max(SMALLEST_BUCKET, 1 << (ids.shape[1] - 1).bit_length())
-    left = ((0, 0), (bucket - ids.shape[1], 0))
-    if pad_id is None:
-        pad_id = eos_ids[0] if eos_ids else 0
-    program = Program(apply=apply, model=model, sampling=sampling, slots=bucket + max_new_tokens)
-    state = prefill(
-        program,
-        variables,
-        np.pad(ids, left),
-        np.pad(mask, left),
-        jax.random.key(0) if key is None else key,  # greedy never reads it
-        np.array([*eos_ids, *[-1] * (EOS_PLACES - len(eos_ids))], np.int32),
-        np.int32(pad_id),
-    )
-    return program, state
+        return program, state
+
+    def _check(self, ids: np.ndarray, mask: np.ndarray) -> None:
+        if ids.ndim != 2 or ids.shape != mask.shape or ids.shape[1] == 0:
+            raise ConfigError(
+                f"input_ids {ids.shape} and attention_mask {mask.shape} must be one shape [B, T], "
+                "T > 0"
+            )
+        if not mask[:, -1].all():
+            raise ConfigError("prompts must be padded on the left: a row ends in padding")
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
+        if self.sampling.temperature > 0 and self.key is None:
+            raise ConfigError(f"temperature={self.sampling.temperature} samples: give a key")
+        prompt, longest = int(mask.sum(axis=1).max()), self.model.config.longest
+        if prompt + self.max_new_tokens > longest:
+            raise ConfigError(
+                f"a prompt of {prompt} tokens and max_new_tokens={self.max_new_tokens} exceed the "
+                f"model's {longest} positions; shorten the prompt or ask for at most "
+                f"{max(longest - prompt, 0)} new tokens"
+            )
 
 
 def generate(
@@ -94,11 +102,7 @@ def generate(
     0. ``temperature`` 0 is greedy, else ``key`` is needed. Raises ConfigError on right padding, on
     values out of range, and where prompt and new tokens exceed the model's positions.
     """
-    program, state = _start(
-        apply,
-        variables,
-        input_ids,
-        attention_mask,
+    request = Request(
         model=model,
         max_new_tokens=max_new_tokens,
         eos_ids=eos_ids,
@@ -111,6 +115,7 @@ def generate(
         ),
         key=key,
     )
+    program, state = request.start(apply, variables, input_ids, attention_mask)
     return decode(program, variables, state, max_new_tokens)
 
 
@@ -131,11 +136,7 @@ def stream(
 
     Every step runs one compiled program, so the first token comes after the prefill alone.
     """
-    program, state = _start(
-        apply,
-        variables,
-        input_ids,
-        attention_mask,
+    request = Request(
         model=model,
         max_new_tokens=max_new_tokens,
         eos_ids=eos_ids,
@@ -143,6 +144,7 @@ def stream(
         sampling=sampling or Sampling(),
         key=key,
     )
+    program, state = request.start(apply, variables, input_ids, attention_mask)
     yield np.asarray(state.token)
     for _ in range(max_new_tokens - 1):
         if np.asarray(state.ended).all():

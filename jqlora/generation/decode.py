@@ -80,6 +80,7 @@ def prefill(
         ids,
         attention_mask=mask,
         cache=program.model.init_cache(batch, program.slots),
+        logits_to_keep=1,
     )
     logits = out.logits[:, -1]
     seen = jnp.zeros(logits.shape, bool).at[jnp.arange(batch)[:, None], ids].max(mask.astype(bool))

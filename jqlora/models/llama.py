@@ -184,6 +184,7 @@ class LlamaForCausalLM(nn.Module):
         segment_ids: jax.Array | None = None,
         cache: KVCache | None = None,
         output_hidden_states: bool = False,
+        logits_to_keep: int = 0,
     ) -> CausalLMOutput:
         """Logits [B, T, V] for ``input_ids`` int32 [B, T].
 
@@ -191,6 +192,7 @@ class LlamaForCausalLM(nn.Module):
         int32 [B, T] packs several sequences into a row, 0 being padding. ``positions`` default to
         counting the real tokens of each row or segment. With a ``cache`` the mask covers these T
         tokens only, which are written behind the cached ones. Outputs at padding mean nothing.
+        ``logits_to_keep`` asks for the logits of the last so many tokens alone, 0 for all.
         """
         attending, segments = attending_for(
             self.config,
@@ -204,6 +206,7 @@ class LlamaForCausalLM(nn.Module):
         )
         past = None if cache is None else (cache.keys, cache.values)
         x, fresh, hidden = self.model(input_ids, attending, past)
+        x = x[:, -logits_to_keep:]  # -0 keeps all
         if self.config.tie_word_embeddings:
             logits = self.model.embed_tokens.attend(x)
         else:

@@ -103,6 +103,13 @@ def test_remat_keeps_less_for_the_backward_pass(getkey):
     assert full < dots < none
 
 
+def test_the_last_logits_alone_are_those_of_all(getkey):
+    model = build("llama2_mha")
+    params = init(model, getkey())
+    last = model.apply({"params": params}, IDS, logits_to_keep=2).logits
+    np.testing.assert_allclose(last, run(model, params, IDS).logits[:, -2:], rtol=1e-5, atol=1e-6)
+
+
 @some_variants
 def test_cached_decoding_agrees_in_the_looped_form(name, getkey):
     scanned, looped = build(name), build(name, scan=False)
