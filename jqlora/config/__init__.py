@@ -1,9 +1,9 @@
 """A run's settings: what there is (:mod:`.schema`) and how it is read (:mod:`.reading`)."""
 
+from jqlora.config.methods import AdaLoRAConfig, LoRAConfig, MethodConfig
 from jqlora.config.reading import dump_config, known_keys, read_config
 from jqlora.config.schema import (
     DataConfig,
-    LoRAConfig,
     ModelConfig,
     OutputConfig,
     QuantizeConfig,
@@ -13,8 +13,10 @@ from jqlora.config.schema import (
 )
 
 __all__ = [
+    "AdaLoRAConfig",
     "DataConfig",
     "LoRAConfig",
+    "MethodConfig",
     "ModelConfig",
     "OutputConfig",
     "QuantizeConfig",

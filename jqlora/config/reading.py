@@ -15,6 +15,7 @@ import pydantic
 import yaml
 
 from jqlora.config import yaml_1_2
+from jqlora.config.methods import METHODS
 from jqlora.config.schema import RunConfig
 from jqlora.errors import ConfigError
 from jqlora.tree import nearest
@@ -50,15 +51,15 @@ def dump_config(config: RunConfig) -> str:
 
 
 def known_keys(section: type = RunConfig, prefix: Key = ()) -> dict[str, str]:
-    """Every setting by its dotted key, with the name of its type, in order."""
+    """Every setting by its dotted key, with the name of its type, in order; of all methods."""
     known: dict[str, str] = {}
     hints = get_type_hints(section)
     for field in dataclasses.fields(section):
-        inner = _section_of(hints[field.name])
-        if inner is None:
+        inner = _sections_of(hints[field.name])
+        if not inner:
             known[".".join((*prefix, field.name))] = str(field.type)
-        else:
-            known |= known_keys(inner, (*prefix, field.name))
+        for one in inner:
+            known |= known_keys(one, (*prefix, field.name))
     return known
 
 
@@ -100,9 +101,11 @@ def _nested(key: Key, value: Any) -> dict[str, Any]:
 
 
 def _overlay(below: dict[str, Any], above: Mapping[str, Any]) -> None:
-    """Lay ``above`` over ``below``: sections are joined, anything else is replaced."""
+    """Lay ``above`` over ``below``: sections are joined, anything else is replaced, and so is a
+    section that ``above`` calls by another name, as the settings of two methods differ."""
     for name, value in above.items():
-        if isinstance(value, Mapping) and isinstance(below.get(name), dict):
+        joined = isinstance(value, Mapping) and isinstance(below.get(name), dict)
+        if joined and value.get("name") in (None, below[name].get("name", "lora")):
             _overlay(below[name], value)
         else:
             below[name] = value
@@ -124,22 +127,31 @@ def _validate(tree: Any, origins: Mapping[Key, str], *, default_origin: str) -> 
     except pydantic.ValidationError as error:
         problems: dict[str, list[str]] = {}
         for item in error.errors(include_url=False):
-            key, inside = _split_location(item["loc"])
+            location, method = _without_tag(item["loc"])
+            key, inside = _split_location(location, method)
             whole = item["type"] == "value_error"  # a section's values contradict each other
             origin = default_origin if whole else _origin(key, origins) or default_origin
-            subject, reason = _explain(item, key, inside, _value_at(tree, key))
+            subject, reason = _explain(item, key, inside, _value_at(tree, key), method)
             problems.setdefault(f"{origin}: {subject}", []).append(reason)
         lines = [f"{head}{' or '.join(dict.fromkeys(tails))}" for head, tails in problems.items()]
         raise ConfigError("; ".join(lines)) from error
 
 
-def _explain(item: Any, key: Key, inside: bool, value: Any) -> tuple[str, str]:
-    """What is wrong, and why, of one of pydantic's errors; ``inside`` a value, not a setting."""
+def _explain(item: Any, key: Key, inside: bool, value: Any, method: type | None) -> tuple[str, str]:
+    """What is wrong, and why, of one of pydantic's errors; ``inside`` a value, not a setting.
+
+    ``method`` is the section of the method that the error is in, if it is in one.
+    """
     kind, message, dotted = item["type"], item["msg"], ".".join(key)
     if kind == "value_error":
         return "", message.removeprefix("Value error, ")
     if kind == "unexpected_keyword_argument":
-        return dotted, f" is not a setting; nearest: {', '.join(_suggest(key))}"
+        return dotted, f" is not a setting; nearest: {', '.join(_suggest(key, method))}"
+    if kind == "union_tag_invalid":
+        return (
+            f"{dotted}.name={item['ctx']['tag']!r} ",
+            f"should be {' or '.join(map(repr, METHODS))}",
+        )
     if kind == "dataclass_type":
         return dotted, f" should be a section with its own keys, not {_shown(value)}"
     if kind == "missing" and not inside:
@@ -148,9 +160,13 @@ def _explain(item: Any, key: Key, inside: bool, value: Any) -> tuple[str, str]:
     return f"{dotted}={_shown(value)} ", reason[0].lower() + reason[1:]
 
 
-def _suggest(key: Key) -> list[str]:
+def _suggest(key: Key, method: type | None) -> list[str]:
     """Names like the one that is unknown: in its section first, then as the end of any key."""
     names = list(known_keys())
+    if method is not None:
+        names = [n for n in names if not n.startswith("method.")] + list(
+            known_keys(method, key[:1])
+        )
     if len(key) == 1 and not any(name.endswith(f".{key[0]}") for name in names):
         return list(dict.fromkeys(name.split(".")[0] for name in names))
     section = [name for name in names if name.startswith(".".join(key[:-1]))]
@@ -158,14 +174,22 @@ def _suggest(key: Key) -> list[str]:
     return ends[:2] or nearest(".".join(key), section) or nearest(".".join(key), names) or section
 
 
-def _split_location(location: tuple[Any, ...]) -> tuple[Key, bool]:
+def _split_location(location: tuple[Any, ...], method: type | None) -> tuple[Key, bool]:
     """Pydantic's location as the key of a setting, and whether it goes on inside its value."""
     section: type | None = RunConfig
     for at, part in enumerate(location):
         if section is None:
             return tuple(map(str, location[:at])), True
-        section = _section_of(get_type_hints(section).get(str(part)))
+        inner = _sections_of(get_type_hints(section).get(str(part)))
+        section = method if method in inner else next(iter(inner), None)
     return tuple(map(str, location)), False
+
+
+def _without_tag(location: tuple[Any, ...]) -> tuple[tuple[Any, ...], type | None]:
+    """The location without the method's name, which pydantic puts in it, and its section."""
+    if len(location) > 1 and location[0] == "method" and location[1] in METHODS:
+        return (location[0], *location[2:]), METHODS[location[1]]
+    return location, None
 
 
 def _value_at(tree: Any, key: Key) -> Any:
@@ -174,12 +198,10 @@ def _value_at(tree: Any, key: Key) -> Any:
     return tree
 
 
-def _section_of(annotation: Any) -> type | None:
-    """The dataclass that an annotation names, alone or or-ed with None."""
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and dataclasses.is_dataclass(candidate):
-            return candidate
-    return None
+def _sections_of(annotation: Any) -> list[type]:
+    """The dataclasses that an annotation names, alone, or-ed with None or with each other."""
+    candidates = (annotation, *get_args(annotation))
+    return [c for c in candidates if isinstance(c, type) and dataclasses.is_dataclass(c)]
 
 
 def _origin(key: Key, origins: Mapping[Key, str]) -> str | None:

@@ -8,16 +8,11 @@ that contradict each other are refused here, so that a config that exists can be
 import dataclasses
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
+from jqlora.config.kinds import STRICT, Count, NonNegative, Positive, PositiveFloat, Share
+from jqlora.config.methods import LoRAConfig, MethodConfig
 from jqlora.errors import ConfigError
-
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-STRICT = ConfigDict(extra="forbid", strict=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,38 +45,6 @@ class ModelConfig:
     """What the backward pass recomputes: ``dots`` all but products, ``full`` whole layers."""
     attention: Literal["auto", "xla", "cudnn"] = "auto"
     """Which implementation of attention."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoRAConfig:
-    """The method: every field but ``name`` is one of ``jq.LoRA``."""
-
-    __pydantic_config__ = STRICT
-
-    name: Literal["lora"] = "lora"
-    """Which method."""
-    rank: Positive = 8
-    """Rank r of the adapters."""
-    alpha: PositiveFloat = 16
-    """The adapters' output is scaled by alpha / r."""
-    targets: str | tuple[str, ...] = "all-linear"
-    """``all-linear``, a regular expression for the whole module name, or a list of its ends."""
-    exclude: str | tuple[str, ...] = ()
-    """Modules left out of the targets, written in the same ways."""
-    dropout: Share = 0.0
-    """Share of the adapters' inputs dropped in training."""
-    rank_pattern: dict[str, Positive] = dataclasses.field(default_factory=dict)
-    """Other ranks for modules by name or regular expression."""
-    alpha_pattern: dict[str, PositiveFloat] = dataclasses.field(default_factory=dict)
-    """Other alphas, likewise."""
-    layers_to_transform: tuple[Count, ...] | None = None
-    """Numbers of the layers to adapt; null is all."""
-    rank_stabilized: bool = False
-    """Scale by alpha / sqrt(r) instead."""
-    modules_to_save: tuple[str, ...] = ()
-    """Modules trained whole, such as a new head."""
-    init: Literal["kaiming", "gaussian"] = "kaiming"
-    """How the first factor starts; the second starts at zero."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -199,7 +162,7 @@ class RunConfig:
 
     model: ModelConfig
     """The base model."""
-    method: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
+    method: MethodConfig = dataclasses.field(default_factory=LoRAConfig)
     """What is trained."""
     data: DataConfig
     """What it is trained on."""

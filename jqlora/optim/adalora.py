@@ -106,9 +106,9 @@ def adalora(
     if not all(0 < beta < 1 for beta in betas):
         raise ConfigError(f"betas={betas}: both must lie between 0 and 1")
     rule = CONVENTIONS[convention]
-    budget = Budget(
-        initial=sum(sum(ranks(placement)) for placement in placements),
-        target=target_total_rank or sum(p.spec.target_rank * sum(p.layers) for p in placements),
+    budget = budget_of(
+        plan,
+        target_total_rank=target_total_rank,
         total_steps=total_steps,
         initial_steps=initial_steps,
         final_steps=final_steps,
@@ -168,6 +168,17 @@ def adalora(
 def allocated(plan: Plan) -> list[Placement]:
     """The placements of ``plan`` whose ranks are still to be allotted."""
     return [p for p in plan.placements if isinstance(p.spec, AdaLoRA) and not p.spec.rank_pattern]
+
+
+def budget_of(plan: Plan, *, target_total_rank: int | None = None, **schedule: int) -> Budget:
+    """The budget of ``plan``'s triplets; ``schedule`` as in :func:`adalora`."""
+    placements = allocated(plan)
+    target = sum(p.spec.target_rank * sum(p.layers) for p in placements)
+    return Budget(
+        initial=sum(sum(ranks(placement)) for placement in placements),
+        target=target if target_total_rank is None else target_total_rank,
+        **schedule,
+    )
 
 
 def triplet_scores(importance: PyTree, uncertainty: PyTree) -> Flat:

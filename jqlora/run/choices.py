@@ -8,9 +8,16 @@ import jax
 import optax
 
 from jqlora import optim
-from jqlora.config import LoRAConfig, ModelConfig, QuantizeConfig, RunConfig, TrainConfig
+from jqlora.config import (
+    AdaLoRAConfig,
+    MethodConfig,
+    ModelConfig,
+    QuantizeConfig,
+    RunConfig,
+    TrainConfig,
+)
 from jqlora.data import Template
-from jqlora.methods import LoRA
+from jqlora.methods import AdaLoRA, LoRA, Plan
 from jqlora.quant import BlockQuant
 from jqlora.quant.schemes import SCHEMES
 
@@ -29,11 +36,24 @@ def compute_dtype(config: ModelConfig) -> str:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def adapter_spec(config: LoRAConfig) -> LoRA:
+def adapter_spec(config: MethodConfig) -> LoRA | AdaLoRA:
     """The method's spec, as ``jq.plan`` takes it."""
-    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    del fields["name"]
-    return LoRA(**fields)
+    kind = AdaLoRA if isinstance(config, AdaLoRAConfig) else LoRA
+    known = {field.name for field in dataclasses.fields(kind)}
+    given = (field.name for field in dataclasses.fields(config))
+    return kind(**{name: getattr(config, name) for name in given if name in known})
+
+
+def rank_schedule(config: AdaLoRAConfig, total_steps: int) -> dict[str, Any]:
+    """The arguments of ``jq.optim.adalora`` and its budget that the config's words mean."""
+    initial, final = config.initial_steps, config.final_steps
+    return {
+        "total_steps": total_steps,
+        "initial_steps": total_steps // 5 if initial is None else initial,
+        "final_steps": 3 * total_steps // 10 if final is None else final,
+        "interval": config.interval,
+        "target_total_rank": config.target_total_rank,
+    }
 
 
 def schedule(config: TrainConfig, total_steps: int) -> optax.Schedule:
@@ -48,6 +68,25 @@ def optimizer(config: TrainConfig, total_steps: int) -> optax.GradientTransforma
         betas=config.betas,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
+    )
+
+
+def optimizer_of(config: RunConfig, plan: Plan, total_steps: int) -> optax.GradientTransformation:
+    """The optimizer, with AdaLoRA's allocation around it where that is the method.
+
+    As in PEFT, its convention measures importance by the clipped gradients that a trainer leaves.
+    """
+    train, method = config.train, config.method
+    if not isinstance(method, AdaLoRAConfig):
+        return optimizer(train, total_steps)
+    ranks = rank_schedule(method, total_steps)
+    ranks |= {"betas": method.betas, "convention": method.convention}
+    if method.convention == "paper" or train.max_grad_norm is None:
+        return optim.adalora(optimizer(train, total_steps), plan, **ranks)
+    unclipped = dataclasses.replace(train, max_grad_norm=None)
+    return optax.chain(
+        optax.clip_by_global_norm(train.max_grad_norm),
+        optim.adalora(optimizer(unclipped, total_steps), plan, **ranks),
     )
 
 

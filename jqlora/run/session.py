@@ -36,6 +36,7 @@ def prepare(config: RunConfig, say: Say) -> Prepared:
     sizes = plan_run(config)
     tokenizer = load_tokenizer(config.model.source)
     data = read_data(config, tokenizer)
+    choices.optimizer_of(config, sizes.plan, data.loader.total_steps)  # its schedule may not fit
     for line in (*sizes.lines(), *data.messages):
         say(line)
     return Prepared(tokenizer, data)

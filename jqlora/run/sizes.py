@@ -7,9 +7,11 @@ from typing import Any
 import jax
 
 from jqlora.attach import init, plan
-from jqlora.config import RunConfig
+from jqlora.config import AdaLoRAConfig, RunConfig
 from jqlora.io.load import describe
 from jqlora.methods import Plan
+from jqlora.optim.adalora import allocated, budget_of
+from jqlora.optim.budget import Budget
 from jqlora.quant import footprint
 from jqlora.quant.params import Footprint
 from jqlora.run import choices
@@ -22,6 +24,7 @@ class Sizes:
     """The plan and what base, adapters and optimizer state weigh."""
 
     plan: Plan
+    budget: Budget | None
     base: Footprint
     adapter_bytes: int
     optimizer_bytes: int
@@ -42,6 +45,19 @@ class Sizes:
             f"{readable_bytes(self.adapter_bytes)} + optimizer "
             f"{readable_bytes(self.optimizer_bytes)} = {readable_bytes(held)}, "
             "and activations beside them",
+            *self._ranks(),
+        ]
+
+    def _ranks(self) -> list[str]:
+        """AdaLoRA's budget in a sentence."""
+        if self.budget is None:
+            return []
+        budget, modules = self.budget, sum(sum(p.layers) for p in allocated(self.plan))
+        return [
+            f"ranks      {budget.initial:,} triplets until step {budget.initial_steps}, cut every "
+            f"{budget.interval} steps to {budget.target:,} at step {budget.frozen_from} of "
+            f"{budget.total_steps}: {budget.initial / modules:.1f} a module to "
+            f"{budget.target / modules:.1f} on average",
         ]
 
 
@@ -58,9 +74,15 @@ def plan_run(config: RunConfig) -> Sizes:
     check_length(config, model)
     planned = plan(model, params, choices.adapter_spec(config.method))
     adapters = jax.eval_shape(lambda base: init(jax.random.key(0), planned, base), params)
-    tx = choices.optimizer(config.train, config.train.steps or 2**20)
+    # how many steps the epochs make is not known before the data are read
+    steps = config.train.steps or 2**17
+    budget = None
+    if isinstance(config.method, AdaLoRAConfig) and config.train.steps is not None:
+        budget = budget_of(planned, **choices.rank_schedule(config.method, steps))
+    tx = choices.optimizer_of(config, planned, steps)
     return Sizes(
         plan=planned,
+        budget=budget,
         base=footprint(params),
         adapter_bytes=_bytes(adapters),
         optimizer_bytes=_bytes(jax.eval_shape(tx.init, adapters)),

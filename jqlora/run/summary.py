@@ -1,10 +1,12 @@
 """``summary.json``: what a run was, what it did, and what it cost."""
 
 import datetime
+import json
 import statistics
 from typing import Any
 
-from jqlora.config import RunConfig
+from jqlora.compacting import compact
+from jqlora.config import AdaLoRAConfig, RunConfig
 from jqlora.methods import Plan
 from jqlora.quant import footprint
 from jqlora.train.directory import RunDirectory
@@ -24,7 +26,8 @@ def summarize(
     load_seconds: float,
 ) -> dict[str, Any]:
     """All numbers of a finished run; ``heldout`` and ``general`` have ``before`` and ``after``;
-    ``general_answers`` counts the answers that say what their records expect.
+    ``general_answers`` counts the answers that say what their records expect; ``ranks`` is what
+    AdaLoRA left.
 
     ``tokens_per_second`` is the median over the logged steps and counts every token but padding.
     ``train_seconds`` has neither compilation nor evaluation nor saving in it; a resumed run adds
@@ -52,6 +55,7 @@ def summarize(
         **losses,
         "final_train_loss": rows[-1]["loss"],
         "trainable_parameters": plan.trainable_count,
+        **_ranks(run, plan, fit),
         "base_parameters": base.quantized_params + base.other_params,
         "base_bytes": base.bytes,
         "bits_per_quantized_parameter": round(base.bits_per_quantized_param, 4),
@@ -69,9 +73,31 @@ def summarize(
     }
 
 
+def _ranks(run: RunDirectory, plan: Plan, fit: Fit) -> dict[str, Any]:
+    """``ranks`` of a run with AdaLoRA: triplets at first and at last, smallest and largest rank of
+    a module, and the parameters left when pruned ones are taken out."""
+    if not run.ranks.exists():
+        return {}
+    modules = json.loads(run.ranks.read_text())["modules"].values()
+    left = [sum(module["kept"]) for module in modules]
+    return {
+        "ranks": {
+            "initial": sum(len(module["kept"]) for module in modules),
+            "final": sum(left),
+            "smallest": min(left),
+            "largest": max(left),
+            "parameters": compact(plan, fit.state.adapters)[0].trainable_count,
+        }
+    }
+
+
 def _method(config: RunConfig) -> str:
     method, quantize = config.method, config.model.quantize
     stored = "" if quantize is None else f"{quantize.scheme.upper()} base, "
+    if isinstance(method, AdaLoRAConfig):
+        target = method.target_total_rank
+        goal = f"a mean of {method.target_rank}" if target is None else f"{target} in all"
+        return f"{stored}adalora rank {method.init_rank} to {goal}, alpha {method.alpha:g}"
     return f"{stored}{method.name} rank {method.rank}, alpha {method.alpha:g}"
 
 

@@ -14,10 +14,12 @@ from typing import Any
 import jax
 
 from jqlora.attach import bind, init
-from jqlora.config import RunConfig, dump_config, read_config
+from jqlora.compacting import as_lora, compact
+from jqlora.config import AdaLoRAConfig, RunConfig, dump_config, read_config
 from jqlora.errors import RunError
 from jqlora.io.atomic import atomic_write_json, atomic_write_text
 from jqlora.io.peft import save_adapter
+from jqlora.methods import Plan
 from jqlora.run import choices
 from jqlora.run.session import Prepared, Say, Session, measure_all, open_session, prepare
 from jqlora.run.summary import summarize
@@ -27,6 +29,7 @@ from jqlora.train.evaluate import Evaluation
 from jqlora.train.loop import Every, Fit, fit, log_evaluations
 from jqlora.train.metrics import MetricsLog, read_metrics
 from jqlora.train.progress import Progress
+from jqlora.train.ranks import rank_record
 from jqlora.train.report import write_report
 from jqlora.train.state import TrainState
 from jqlora.train.step import make_train_step
@@ -85,7 +88,7 @@ def _train(config: RunConfig, run: RunDirectory, prepared: Prepared, say: Say) -
     data, apply = prepared.data, bind(session.model, session.plan)
     total = data.loader.total_steps
     adapter_key, state_key = jax.random.split(jax.random.key(config.train.seed))
-    tx = choices.optimizer(config.train, total)
+    tx = choices.optimizer_of(config, session.plan, total)
     state = TrainState.create(init(adapter_key, session.plan, session.params), tx, state_key)
     checkpoints = Checkpoints(run.checkpoints, keep=config.train.keep, say=say)
     checkpoints.clean()
@@ -150,10 +153,12 @@ def _finish(session: Session, result: Fit, say: Say) -> Outcome:
     say("measuring the model after training")
     found = run.read_before_after() | {"after": measure_all(session, adapters)}
     atomic_write_json(run.before_after, found)
+    ranks = rank_record(session.plan, result.state.opt_state)
+    if ranks is not None:
+        atomic_write_json(run.ranks, ranks)
     save_adapter(
         run.adapter,
-        session.plan,
-        adapters,
+        *_result(session, adapters),
         model=session.model,
         base_model_name=session.config.model.source,
     )
@@ -168,6 +173,15 @@ def _finish(session: Session, result: Fit, say: Say) -> Outcome:
     write_report(run, summary)
     atomic_write_json(run.summary, summary)
     return Outcome(run.path, None, summary)
+
+
+def _result(session: Session, adapters: Adapters) -> tuple[Plan, Adapters]:
+    """What is saved: AdaLoRA without its pruned triplets, in the format that the config names."""
+    method = session.config.method
+    if not isinstance(method, AdaLoRAConfig):
+        return session.plan, adapters
+    keep = as_lora if method.save_as == "lora" else compact
+    return keep(session.plan, adapters)
 
 
 def _seconds_so_far(run: RunDirectory) -> float:

@@ -2,6 +2,7 @@
 
     config.yaml        the resolved config, with absolute paths
     metrics.jsonl      one row a logged step or evaluation
+    ranks.json         what AdaLoRA left of each module, for a run with it
     before_after.json  held-out losses and answers before training, and after it
     checkpoints/       what ``jqlora resume`` goes on from
     adapter/           the result, in PEFT's format
@@ -24,6 +25,7 @@ from jqlora.errors import RunError, SaveError
 RESULTS = (
     "metrics.jsonl",
     "before_after.json",
+    "ranks.json",
     "checkpoints",
     "adapter",
     "plots",
@@ -42,6 +44,7 @@ class RunDirectory:
         self.config = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.before_after = self.path / "before_after.json"
+        self.ranks = self.path / "ranks.json"
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
         self.plots = self.path / "plots"

@@ -21,18 +21,28 @@ def draw_plots(rows: Sequence[Row], directory: str | Path) -> dict[str, Path]:
     paths = {}
     for name, draw in PLOTS.items():
         figure = Figure(figsize=(7.2, 3.6), dpi=130, layout="constrained")
-        FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         draw(axes, rows)
         axes.set_xlabel("step")
-        axes.grid(alpha=0.3, linewidth=0.6)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png")
-        paths[name] = Path(directory) / f"{name}.png"
-        atomic_write_bytes(paths[name], buffer.getvalue())
+        tidy(axes)
+        paths[name] = save_figure(figure, Path(directory) / f"{name}.png")
     return paths
+
+
+def tidy(axes: Axes) -> None:
+    """A faint grid, and no frame at the top and the right."""
+    axes.grid(alpha=0.3, linewidth=0.6)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG, at once or not at all; returns its path."""
+    FigureCanvasAgg(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    atomic_write_bytes(path, buffer.getvalue())
+    return path
 
 
 def smoothed(values: Sequence[float], window: int) -> np.ndarray:

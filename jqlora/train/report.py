@@ -3,6 +3,7 @@
 import base64
 import json
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -11,6 +12,7 @@ from jqlora.io.atomic import atomic_write_text
 from jqlora.train.directory import RunDirectory
 from jqlora.train.metrics import read_metrics
 from jqlora.train.plots import PLOTS, draw_plots
+from jqlora.train.rank_plots import RANK_PLOTS, draw_rank_plots
 from jqlora.train.usage import readable_bytes
 
 
@@ -18,6 +20,9 @@ def write_report(run: RunDirectory, summary: dict[str, Any]) -> None:
     """Draw the plots and write the report of a finished run."""
     rows = read_metrics(run.metrics)
     images = draw_plots(rows, run.plots)
+    ranks = json.loads(run.ranks.read_text()) if run.ranks.exists() else None
+    if ranks is not None:
+        images |= draw_rank_plots(ranks, rows, run.plots)
     measured = run.read_before_after()
     page = _template().render(
         title=run.path.resolve().name,
@@ -27,11 +32,17 @@ def write_report(run: RunDirectory, summary: dict[str, Any]) -> None:
         losses=losses(measured),
         answers=answers(measured),
         changed_checks=changed_checks(measured),
-        plots={name: base64.b64encode(images[name].read_bytes()).decode() for name in PLOTS},
+        plots=embedded({name: images[name] for name in PLOTS}),
+        rank_plots=embedded({name: images[name] for name in RANK_PLOTS if name in images}),
         config=run.config.read_text(),
         summary_json=json.dumps(summary, indent=2, ensure_ascii=False),
     )
     atomic_write_text(run.report, page)
+
+
+def embedded(images: dict[str, Path]) -> dict[str, str]:
+    """PNG files as base64, to be written into the page."""
+    return {n: base64.b64encode(path.read_bytes()).decode() for n, path in images.items()}
 
 
 def losses(measured: dict[str, Any]) -> list[dict[str, Any]]:
@@ -72,6 +83,7 @@ def facts(summary: dict[str, Any]) -> dict[str, str]:
             f"{summary['trainable_parameters']:,} of {summary['base_parameters']:,} "
             f"({100 * summary['trainable_parameters'] / summary['base_parameters']:.2f} %)"
         ),
+        **rank_facts(summary),
         "base weights": (
             f"{readable_bytes(summary['base_bytes'])}, "
             f"{summary['bits_per_quantized_parameter']:.3f} bits per quantized parameter"
@@ -91,6 +103,20 @@ def facts(summary: dict[str, Any]) -> dict[str, str]:
         "peak memory": f"host {readable_bytes(summary['peak_host_bytes'])}"
         + ("" if device is None else f", device {readable_bytes(device)}"),
         "versions": ", ".join(f"{k} {v}" for k, v in summary["versions"].items()),
+    }
+
+
+def rank_facts(summary: dict[str, Any]) -> dict[str, str]:
+    """What AdaLoRA did, in words; nothing for a run without it."""
+    ranks = summary.get("ranks")
+    if ranks is None:
+        return {}
+    return {
+        "ranks": (
+            f"{ranks['initial']:,} triplets at first, {ranks['final']:,} at last; from "
+            f"{ranks['smallest']} to {ranks['largest']} a module"
+        ),
+        "parameters left": f"{ranks['parameters']:,}",
     }
 
 
