@@ -8,9 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from jqlora.config import RunConfig, dump_config, known_keys, read_config, schema
+from jqlora import optim
+from jqlora.config import (
+    AdaLoRAConfig,
+    RunConfig,
+    dump_config,
+    known_keys,
+    methods,
+    read_config,
+    schema,
+)
 from jqlora.errors import ConfigError
-from jqlora.methods import LoRA
+from jqlora.methods import AdaLoRA, LoRA
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 BASE = """
@@ -48,12 +57,28 @@ ACCEPTED = {
     "sample.prompts=['no', on]": lambda c: c.sample.prompts == ("no", "on"),
     "output.directory=2024-01-01": lambda c: c.output.directory == "2024-01-01",
     "train.betas=[0.9, 0.95]": lambda c: c.train.betas == (0.9, 0.95),
+    "train.optimizer=lion8bit": lambda c: c.train.optimizer == "lion8bit",
+    "train.offload=auto": lambda c: c.train.offload == "auto",
+    "train.lora_plus_ratio=16": lambda c: c.train.lora_plus_ratio == 16,
 }
 
 
 @pytest.mark.parametrize(("override", "holds"), ACCEPTED.items(), ids=ACCEPTED.keys())
 def test_an_override_sets_its_value(override, holds, base):
     assert holds(read_config([base], [override]))
+
+
+def test_a_section_of_another_name_replaces_the_one_below(base, tmp_path):
+    lora = ["method.rank=4", "method.alpha=2"]
+    config = read_config([base], [*lora, "method.name=adalora", "method.init_rank=6"])
+    assert config.method == AdaLoRAConfig(init_rank=6)
+    assert read_config([base], [*lora, "method.name=lora"]).method.rank == 4
+    (tmp_path / "resolved.yaml").write_text(dump_config(config))
+    assert read_config([tmp_path / "resolved.yaml"]) == config
+    with pytest.raises(
+        ConfigError, match=r"method.rank is not a setting; nearest: method.init_rank"
+    ):
+        read_config([base], ["method.name=adalora", "method.rank=4"])
 
 
 REFUSED = {
@@ -72,6 +97,11 @@ REFUSED = {
     "train.warmup=10": ["train.warmup=10", "train.steps=10"],
     "train.accumulate=3": ["train.accumulate=3", "train.batch_size=8"],
     "train.betas=[0.9]": ["train.betas=[0.9]", "too few"],
+    "train.optimiser=lion": ["train.optimiser", "not a setting", "train.optimizer"],
+    "train.optimizer=adam8": ["train.optimizer='adam8'", "'adamw8bit'"],
+    "train={optimizer: sgd, betas: [0.9, 0.9]}": ["train.betas", "sgd"],
+    "train={optimizer: adafactor, offload: all}": ["train.offload=all", "adafactor"],
+    "train.lora_plus_ratio=0": ["train.lora_plus_ratio=0", "greater than 0"],
     "train=3": ["train", "section", "3"],
     "model.quantize=nf4": ["model.quantize", "section", "'nf4'"],
     "model.quantize.scheme=int4": ["model.quantize.scheme='int4'", "'nf4', 'fp4' or 'int8'"],
@@ -85,6 +115,12 @@ REFUSED = {
     "train..lr=1": ["train..lr", "section.key=value"],
     "train.lr=[1": ["train.lr=[1", "expected"],
 }
+
+
+@pytest.mark.parametrize("setting", ["train.freeze_a=true", "train.lora_plus_ratio=4"])
+def test_settings_of_loras_factors_are_refused_for_other_methods(setting, base):
+    with pytest.raises(ConfigError, match="adalora"):
+        read_config([base], [setting, "method.name=adalora"])
 
 
 @pytest.mark.parametrize(("override", "words"), REFUSED.items(), ids=REFUSED.keys())
@@ -147,8 +183,20 @@ def test_the_settings_of_lora_are_those_of_the_spec():
     assert {name: ours[name] for name in simple} == {name: theirs[name] for name in simple}
 
 
+def test_adalora_is_by_default_what_the_spec_and_the_optimizer_are():
+    defaults = {f.name: f.default for f in dataclasses.fields(AdaLoRA)}
+    optimizer = inspect.signature(optim.adalora).parameters
+    defaults |= {n: p.default for n, p in optimizer.items() if p.default is not p.empty}
+    ours = AdaLoRAConfig()
+    assert defaults.keys() - vars(ours).keys() == {"rank_pattern"}
+    for name, value in vars(ours).items():
+        if name in defaults:
+            assert value == defaults[name], name
+
+
 def test_every_setting_has_a_line_of_documentation():
-    for node in ast.parse(inspect.getsource(schema)).body:
+    sources = inspect.getsource(schema), inspect.getsource(methods)
+    for node in [node for source in sources for node in ast.parse(source).body]:
         if isinstance(node, ast.ClassDef):
             for field, after in zip(node.body, [*node.body[1:], None], strict=True):
                 if isinstance(field, ast.AnnAssign):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from jqlora.methods.targeting import layer_number
 from jqlora.train.metrics import Row
@@ -71,7 +72,8 @@ def _draw_ranks(
                 column, row, f"{rank:.0f}", ha="center", va="center", fontsize=7, color=colour
             )
     axes.set_title(f"Final ranks (of {most} at the start)", loc="left")
-    figure.colorbar(image, ax=axes, fraction=0.04, pad=0.01)
+    ticks = MaxNLocator(integer=True)
+    figure.colorbar(image, ax=axes, fraction=0.04, pad=0.01, ticks=ticks)
 
 
 def _draw_budget(axes: Axes, rows: Sequence[Row]) -> None:
