@@ -97,10 +97,18 @@ class TrainConfig:
     """How the learning rate falls after the warm-up."""
     warmup: Count = 0
     """Updates over which the learning rate rises from zero."""
-    betas: tuple[Share, Share] = (0.9, 0.999)
-    """AdamW's decay rates of the two moments."""
+    optimizer: Literal["adamw", "adamw8bit", "lion", "lion8bit", "sgd", "adafactor"] = "adamw"
+    """The rule of the update; ``8bit`` stores moments in a quarter of the bytes."""
+    betas: tuple[Share, Share] | None = None
+    """Decay rates of the moments; null is AdamW's (0.9, 0.999) or Lion's (0.9, 0.99)."""
+    offload: Literal["none", "auto", "all"] = "none"
+    """Moments in host memory: all, or with ``auto`` those that the device has no room for."""
+    lora_plus_ratio: PositiveFloat | None = None
+    """LoRA+: how many times faster the second factor learns than the first."""
+    freeze_a: bool = False
+    """LoRA-FA: leave the first factor as it starts, and keep no moments for it."""
     weight_decay: NonNegative = 0.0
-    """AdamW's decay; biases and norms are spared."""
+    """Decoupled decay; biases, norms and AdaLoRA's singular values are spared."""
     max_grad_norm: PositiveFloat | None = 1.0
     """Gradients are scaled down to this global norm; null leaves them."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -115,6 +123,13 @@ class TrainConfig:
     """Checkpoints kept."""
 
     def __post_init__(self) -> None:
+        if self.betas is not None and self.optimizer in ("sgd", "adafactor"):
+            raise ConfigError(f"train.betas: {self.optimizer} has none; leave it null")
+        if self.offload != "none" and self.optimizer in ("sgd", "adafactor"):
+            raise ConfigError(
+                f"train.offload={self.offload}: {self.optimizer} has no moments to move; it goes "
+                "with adamw and lion, also in 8 bits"
+            )
         if (self.steps is None) == (self.epochs is None):
             given = "neither" if self.steps is None else "both"
             raise ConfigError(f"give either train.steps or train.epochs, not {given}")
@@ -172,3 +187,11 @@ class RunConfig:
     """Answers for the report."""
     output: OutputConfig
     """Where the run is kept."""
+
+    def __post_init__(self) -> None:
+        factors = self.train.freeze_a or self.train.lora_plus_ratio is not None
+        if factors and not isinstance(self.method, LoRAConfig):
+            raise ConfigError(
+                "train.freeze_a and train.lora_plus_ratio are for the factors of method.name=lora, "
+                f"which {self.method.name} has not"
+            )

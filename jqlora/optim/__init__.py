@@ -8,6 +8,7 @@ from jqlora.optim.adalora import adalora
 from jqlora.optim.by_factor import lora_fa, lora_plus
 from jqlora.optim.chains import adafactor, adamw, decayed, lion, sgd
 from jqlora.optim.eight_bit import eight_bit
+from jqlora.optim.offload import offload
 from jqlora.optim.schedules import SCHEDULES, constant, cosine, linear
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "lion",
     "lora_fa",
     "lora_plus",
+    "offload",
     "sgd",
 ]

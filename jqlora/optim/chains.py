@@ -1,12 +1,15 @@
 """The usual optimizers as chains: clip, a direction, decoupled decay, the learning rate.
 
-Only the direction differs from one to the next, and only it has a state worth storing in 8 bits.
-All else is stateless arithmetic that XLA fuses into the update of the adapters.
+Only the direction differs from one to the next, and only it has a state worth storing in 8 bits or
+off the device; both are wrappers around it. All else is stateless arithmetic that XLA fuses into
+the update of the adapters.
 """
 
 import optax
 
 from jqlora.optim.eight_bit import Bits, eight_bit
+from jqlora.optim.offload import Offload, offload
+from jqlora.optim.residence import undecided
 from jqlora.tree import flatten, unflatten
 from jqlora.types import Adapters, PyTree
 
@@ -31,6 +34,7 @@ def adamw(
     weight_decay: float = 0.0,
     max_grad_norm: float | None = 1.0,
     bits: Bits = 32,
+    offload: Offload = "none",
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2) after global-norm clipping.
 
@@ -38,7 +42,9 @@ def adamw(
     update, on the leaves that :func:`decayed` names. ``max_grad_norm=None`` leaves gradients whole.
 
     ``bits=8`` stores the moments of larger leaves as bitsandbytes' AdamW8bit does
-    (:func:`~jqlora.optim.eight_bit`).
+    (:func:`~jqlora.optim.eight_bit`). ``offload`` keeps them in the host's memory: ``"all"`` of
+    them, or with ``"auto"`` those that the step's compiled memory leaves no room for on the device,
+    decided at its first call (:func:`~jqlora.optim.offload`).
 
     >>> tx = adamw(cosine(2e-4, steps=1000, warmup=30), weight_decay=0.01)  # doctest: +SKIP
     """
@@ -48,6 +54,7 @@ def adamw(
         weight_decay,
         max_grad_norm,
         bits,
+        offload,
     )
 
 
@@ -58,6 +65,7 @@ def lion(
     weight_decay: float = 0.0,
     max_grad_norm: float | None = None,
     bits: Bits = 32,
+    offload: Offload = "none",
 ) -> optax.GradientTransformationExtraArgs:
     """Lion (Chen et al., arXiv 2302.06675, algorithm 2): one moment, and updates of one size.
 
@@ -70,6 +78,7 @@ def lion(
         weight_decay,
         max_grad_norm,
         bits,
+        offload,
     )
 
 
@@ -79,13 +88,14 @@ def sgd(
     momentum: float = 0.0,
     weight_decay: float = 0.0,
     max_grad_norm: float | None = 1.0,
+    offload: Offload = "none",
 ) -> optax.GradientTransformationExtraArgs:
     """Gradient descent, with momentum as torch has it (the sum of decayed gradients) where not 0.
 
     The decay is decoupled, as in :func:`adamw`.
     """
     direction = optax.trace(decay=momentum) if momentum else optax.identity()
-    return _chain(direction, learning_rate, weight_decay, max_grad_norm, 32)
+    return _chain(direction, learning_rate, weight_decay, max_grad_norm, 32, offload)
 
 
 def adafactor(
@@ -101,7 +111,7 @@ def adafactor(
     a parameter (section 8): LoRA's second factor starts at zero and would stay there.
     """
     direction = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
-    return _chain(direction, learning_rate, weight_decay, max_grad_norm, 32)
+    return _chain(direction, learning_rate, weight_decay, max_grad_norm, 32, "none")
 
 
 def _chain(
@@ -110,9 +120,12 @@ def _chain(
     weight_decay: float,
     max_grad_norm: float | None,
     bits: Bits,
+    where: Offload,
 ) -> optax.GradientTransformationExtraArgs:
     if bits == 8:
         direction = eight_bit(direction)
+    if where != "none":
+        direction = offload(direction)
     links = [
         optax.identity() if max_grad_norm is None else optax.clip_by_global_norm(max_grad_norm)
     ]
@@ -120,4 +133,6 @@ def _chain(
     if weight_decay:
         links.append(optax.add_decayed_weights(weight_decay, mask=decayed))
     links.append(optax.scale_by_learning_rate(learning_rate))
+    if where == "auto":
+        links.append(undecided())
     return optax.chain(*links)

@@ -1,6 +1,8 @@
 """From the words of a config to the objects that they name."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +63,32 @@ def schedule(config: TrainConfig, total_steps: int) -> optax.Schedule:
     return optim.SCHEDULES[config.schedule](config.lr, steps=total_steps, warmup=config.warmup)
 
 
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "adamw": optim.adamw,
+    "adamw8bit": functools.partial(optim.adamw, bits=8),
+    "lion": optim.lion,
+    "lion8bit": functools.partial(optim.lion, bits=8),
+    "sgd": optim.sgd,
+    "adafactor": optim.adafactor,
+}
+
+
 def optimizer(config: TrainConfig, total_steps: int) -> optax.GradientTransformation:
-    """AdamW with the config's schedule, clipping and decay."""
-    return optim.adamw(
+    """The config's optimizer with its schedule, clipping and decay."""
+    given: dict[str, Any] = {} if config.betas is None else {"betas": config.betas}
+    if config.offload != "none":
+        given["offload"] = config.offload
+    tx = OPTIMIZERS[config.optimizer](
         schedule(config, total_steps),
-        betas=config.betas,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
+        **given,
     )
+    if config.freeze_a:
+        tx = optim.lora_fa(tx)
+    if config.lora_plus_ratio is not None:
+        tx = optim.lora_plus(tx, config.lora_plus_ratio)
+    return tx
 
 
 def optimizer_of(config: RunConfig, plan: Plan, total_steps: int) -> optax.GradientTransformation:

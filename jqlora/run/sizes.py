@@ -12,6 +12,7 @@ from jqlora.io.load import describe
 from jqlora.methods import Plan
 from jqlora.optim.adalora import allocated, budget_of
 from jqlora.optim.budget import Budget
+from jqlora.optim.offload import SMALLEST
 from jqlora.quant import footprint
 from jqlora.quant.params import Footprint
 from jqlora.run import choices
@@ -28,6 +29,11 @@ class Sizes:
     base: Footprint
     adapter_bytes: int
     optimizer_bytes: int
+    """On the device."""
+    host_bytes: int = 0
+    """Optimizer state in host memory."""
+    movable_bytes: int = 0
+    """Of ``optimizer_bytes``, what goes to the host where the first step finds no room for it."""
 
     @property
     def base_parameters(self) -> int:
@@ -45,8 +51,23 @@ class Sizes:
             f"{readable_bytes(self.adapter_bytes)} + optimizer "
             f"{readable_bytes(self.optimizer_bytes)} = {readable_bytes(held)}, "
             "and activations beside them",
+            *self._offloaded(),
             *self._ranks(),
         ]
+
+    def _offloaded(self) -> list[str]:
+        """Where else the optimizer's state lives, or may."""
+        if self.host_bytes:
+            return [
+                f"host       {readable_bytes(self.host_bytes)} of optimizer state, streamed "
+                "through every update"
+            ]
+        if self.movable_bytes:
+            return [
+                f"host       up to {readable_bytes(self.movable_bytes)} of optimizer state, as the "
+                "first step finds room on the device"
+            ]
+        return []
 
     def _ranks(self) -> list[str]:
         """AdaLoRA's budget in a sentence."""
@@ -79,13 +100,17 @@ def plan_run(config: RunConfig) -> Sizes:
     budget = None
     if isinstance(config.method, AdaLoRAConfig) and config.train.steps is not None:
         budget = budget_of(planned, **choices.rank_schedule(config.method, steps))
-    tx = choices.optimizer_of(config, planned, steps)
+    opt_state = jax.eval_shape(choices.optimizer_of(config, planned, steps).init, adapters)
+    large = [leaf for leaf in jax.tree.leaves(opt_state) if leaf.size >= SMALLEST]
+    host = _bytes(large) if config.train.offload == "all" else 0
     return Sizes(
         plan=planned,
         budget=budget,
         base=footprint(params),
         adapter_bytes=_bytes(adapters),
-        optimizer_bytes=_bytes(jax.eval_shape(tx.init, adapters)),
+        optimizer_bytes=_bytes(opt_state) - host,
+        host_bytes=host,
+        movable_bytes=_bytes(large) if config.train.offload == "auto" else 0,
     )
 
 

@@ -1,5 +1,6 @@
 """``summary.json``: what a run was, what it did, and what it cost."""
 
+import dataclasses
 import datetime
 import json
 import statistics
@@ -8,6 +9,7 @@ from typing import Any
 from jqlora.compacting import compact
 from jqlora.config import AdaLoRAConfig, RunConfig
 from jqlora.methods import Plan
+from jqlora.optim.residence import residence
 from jqlora.quant import footprint
 from jqlora.train.directory import RunDirectory
 from jqlora.train.loop import Fit
@@ -27,7 +29,7 @@ def summarize(
 ) -> dict[str, Any]:
     """All numbers of a finished run; ``heldout`` and ``general`` have ``before`` and ``after``;
     ``general_answers`` counts the answers that say what their records expect; ``ranks`` is what
-    AdaLoRA left.
+    AdaLoRA left; ``optimizer_bytes`` are those of its state on the device and on the host.
 
     ``tokens_per_second`` is the median over the logged steps and counts every token but padding.
     ``train_seconds`` has neither compilation nor evaluation nor saving in it; a resumed run adds
@@ -51,6 +53,8 @@ def summarize(
         "model": config.model.source,
         "method": _method(config),
         "quantize": _quantize(config),
+        "optimizer": config.train.optimizer,
+        "optimizer_bytes": dataclasses.asdict(residence(fit.state.opt_state)),
         "steps": int(fit.state.step),
         **losses,
         "final_train_loss": rows[-1]["loss"],

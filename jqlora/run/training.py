@@ -108,7 +108,7 @@ def _train(config: RunConfig, run: RunDirectory, prepared: Prepared, say: Say) -
         result = fit(
             state,
             session.params,
-            step=make_train_step(apply, tx, accumulate=config.train.accumulate),
+            step=make_train_step(apply, tx, accumulate=config.train.accumulate, say=progress.say),
             batches=data.loader,
             total_steps=total,
             every=Every(

@@ -17,6 +17,7 @@ import optax
 from jqlora.errors import ConfigError
 from jqlora.train.allocation import allocation_metrics, check_complete
 from jqlora.train.loss import Batch, causal_lm_loss
+from jqlora.train.placement import PlacedStep
 from jqlora.train.state import TrainState
 from jqlora.types import Params
 
@@ -30,6 +31,8 @@ def make_train_step(
     *,
     accumulate: int = 1,
     loss: Callable[..., tuple[jax.Array, jax.Array]] = causal_lm_loss,
+    device_bytes: int | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Step:
     """A jitted ``step(state, params, batch) -> (state, metrics)`` that donates ``state``.
 
@@ -43,6 +46,9 @@ def make_train_step(
     ``grad_norm`` (before clipping) and ``tokens`` (how many were counted); with
     ``jq.optim.adalora`` also ``budget`` and ``rank``, int32. A batch that counts no token has loss
     zero and moves nothing but moments and decay.
+
+    An optimizer with ``offload="auto"`` is placed at the first call, for ``device_bytes`` of memory
+    (by default what the device has), and ``say`` (by default the log) is told what was decided.
 
     Dropout's keys are the state's key folded with the step and the micro-batch: a resumed run draws
     the same ones. Raises ``ConfigError`` at the first call when ``accumulate`` does not divide, or
@@ -90,7 +96,8 @@ def make_train_step(
         metrics |= allocation_metrics(opt_state, adapters)
         return TrainState(state.step + 1, adapters, opt_state, state.key), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    jitted = jax.jit(step, donate_argnums=0)
+    return PlacedStep(jitted, device_bytes=device_bytes, say=say)
 
 
 def split_batch(batch: Batch, parts: int) -> dict[str, jax.Array]:

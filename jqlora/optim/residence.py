@@ -1,0 +1,61 @@
+"""Where an optimizer's state lives: reading it, changing it, and leaving the choice open."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from jqlora.optim.offload import on_host
+from jqlora.types import PyTree
+
+
+class Undecided(NamedTuple):
+    """Part of an optimizer state of which nobody has decided yet what stays on the device."""
+
+
+class Decided(NamedTuple):
+    """What :class:`Undecided` becomes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Residence:
+    """Bytes of an optimizer state by the memory that they live in, all devices together."""
+
+    device: int
+    host: int
+
+
+def undecided() -> optax.GradientTransformationExtraArgs:
+    """Marks a chain whose state the training step places at its first call; updates nothing."""
+    return optax.GradientTransformationExtraArgs(
+        lambda params: Undecided(), lambda updates, state, params=None, **extra: (updates, state)
+    )
+
+
+def is_undecided(state: PyTree) -> bool:
+    """Whether any part of ``state`` is :class:`Undecided`."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, Undecided))
+    return any(isinstance(node, Undecided) for node in nodes)
+
+
+def decided(state: PyTree) -> PyTree:
+    """``state`` with nothing left open."""
+    return jax.tree.map(
+        lambda node: Decided() if isinstance(node, Undecided) else node,
+        state,
+        is_leaf=lambda node: isinstance(node, Undecided),
+    )
+
+
+def residence(state: PyTree) -> Residence:
+    """How much of a state (concrete arrays) lives where."""
+    sizes = {True: 0, False: 0}
+    for leaf in jax.tree.leaves(state):
+        sizes[on_host(leaf)] += leaf.nbytes
+    return Residence(device=sizes[False], host=sizes[True])
+
+
+def bytes_a_device(leaf: Any) -> int:
+    """What one device's share of an array takes; all of it where it is no array of JAX's yet."""
+    return leaf.addressable_shards[0].data.nbytes if isinstance(leaf, jax.Array) else leaf.nbytes
