@@ -9,8 +9,12 @@ A codebook entry is an fp32 number, four bytes. The table therefore has four pla
 16 entries, four words each. Of a plane, ``prmt`` fetches the bytes of four nibbles among entries
 0 ... 7 and among 8 ... 15, and then for each nibble the one that its top bit asks for; eight more
 assemble the bytes of four planes into numbers. 23 instructions give four exact fp32 values.
+
+A table of 16-bit entries has two planes, and 11 instructions give four values already paired as the
+operand wants them: twice as fast, at the price of a codebook rounded beforehand.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,26 +28,70 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, memref, vector
 
-from jqlora_kernels.scales import GROUP, add_rounded
+from jqlora_kernels.scales import GROUP, Nested, add_rounded
 
+GROUPS = 2
+"""Warp groups that multiply; one more moves memory."""
 HALF = 64
 """Rows that a warp group decodes at once, and columns in either half of a span of codes."""
-WORDS = 16
 ROWS = plgpu.Layout.WGMMA.reduce(1)
 """One value for each row of a tile in ``Layout.WGMMA``, where the lanes that own the row see it."""
 
 Refs = Sequence[Any]
 
 
+def flat_operands(
+    codes: jax.Array,
+    scales: jax.Array,
+    codebook: jax.Array,
+    nested: Nested | None,
+    index: jax.Array | None,
+) -> tuple[jax.Array, ...]:
+    """(layer [1], codes [L, N, K/2], table words, scales [L, blocks], *nested [L, ...])."""
+    layer = jnp.zeros(1, jnp.int32) if index is None else index.reshape(1)
+    stack = (codes.shape[0] if index is not None else 1, *codes.shape[-2:])
+    operands = (layer, codes.reshape(stack), table_words(codebook), scales.reshape(stack[0], -1))
+    if nested is None:
+        return operands
+    absmax, offset, table = nested
+    return (*operands, absmax.reshape(stack[0], -1), offset.reshape(stack[0]), table)
+
+
+def kernel(
+    body: Any, out: Any, scratch: dict[str, Any], grid: dict[str, int], interpret: bool
+) -> Any:
+    """``body`` as a kernel of two warp groups that multiply and one that moves memory."""
+    options: dict[str, Any] = {}
+    if interpret:
+        if not hasattr(plgpu, "InterpretGPUParams"):
+            raise NotImplementedError("interpreting a Mosaic kernel needs JAX 0.11 or later")
+        options["interpret"] = plgpu.InterpretGPUParams(detect_races=True)  # pyright: ignore
+    return plgpu.kernel(
+        body,
+        out_type=out,
+        scratch_types=scratch,
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=GROUPS + 1,
+        thread_name="group",
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        **options,
+    )
+
+
 def table_words(codebook: jax.Array) -> jax.Array:
-    """int32 [16]: the planes of a codebook fp32 [16], four words each, lowest byte first."""
-    octets = lax.bitcast_convert_type(codebook, jnp.uint8)  # [16, 4], little-endian
-    planes = octets.T.reshape(4, 4, 4)
-    return lax.bitcast_convert_type(planes, jnp.int32).reshape(WORDS)
+    """int32 [16] or [8]: the planes of a codebook [16] of 32 or of 16 bits, lowest byte first."""
+    octets = lax.bitcast_convert_type(codebook, jnp.uint8)  # [16, bytes], little-endian
+    planes = octets.T.reshape(-1, 4, 4)
+    return lax.bitcast_convert_type(planes, jnp.int32).reshape(-1)
 
 
 def look_up_nibbles(word: Any, words: Sequence[Any], prmt: Callable, constant: Callable) -> list:
-    """Bits of the fp32 values of the eight nibbles of ``word``, from the lowest nibble up.
+    """Bits of the entries for the eight nibbles of ``word``.
+
+    Of a table of 32-bit entries (16 words) eight values, from the lowest nibble up. Of 16-bit
+    entries (8 words) four pairs: bytes 0 and 1, their low nibbles, then their high ones; bytes 2
+    and 3 likewise.
 
     Written over ``&``, ``|``, ``>>`` (logical), ``prmt(a, b, selectors)`` and ``constant``, so that
     the instructions emitted for a GPU are the ones that the tests run on a CPU.
@@ -53,13 +101,16 @@ def look_up_nibbles(word: Any, words: Sequence[Any], prmt: Callable, constant: C
         entry = word & constant(0x7777)
         upper = ((word >> constant(1)) & constant(0x4444)) | constant(0x3210)
         planes = []
-        for i in range(0, WORDS, 4):
+        for i in range(0, len(words), 4):
             below, above = (prmt(words[i + j], words[i + j + 1], entry) for j in (0, 2))
             planes.append(prmt(below, above, upper))
-        low = [prmt(planes[0], planes[1], constant(s)) for s in (0x5140, 0x7362)]
-        high = [prmt(planes[2], planes[3], constant(s)) for s in (0x5140, 0x7362)]
-        for a, b in zip(low, high, strict=True):
-            values += [prmt(a, b, constant(s)) for s in (0x5410, 0x7632)]
+        if len(planes) == 2:
+            values += [prmt(planes[0], planes[1], constant(s)) for s in (0x6240, 0x7351)]
+        else:
+            low = [prmt(planes[0], planes[1], constant(s)) for s in (0x5140, 0x7362)]
+            high = [prmt(planes[2], planes[3], constant(s)) for s in (0x5140, 0x7362)]
+            for a, b in zip(low, high, strict=True):
+                values += [prmt(a, b, constant(s)) for s in (0x5410, 0x7632)]
         word = word >> constant(16)
     return values
 
@@ -89,47 +140,54 @@ class Word:
         return Word(mgpu.utils.prmt(a.value, b.value, selectors.value))
 
 
-def decode(codes: Any, words: Sequence[Any], plain: bool) -> tuple[jax.Array, jax.Array]:
-    """fp32 codebook values [64, 64] of the (low, high) nibbles of a tile of codes, in order.
+def decode(
+    codes: Any, words: Sequence[Any], dtype: Any, plain: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Codebook values [64, 64] of the (low, high) nibbles of a tile of codes, in order.
 
     ``codes`` is a tile uint8 [64, 64] in shared memory, laid out as ``layouts.HOPPER``; ``words``
-    are the 16 words of the table.
+    are those of a table whose entries have ``dtype``.
     """
     if plain:
-        return decode_plain(codes[...], words)
-    tile = plgpu.ShapeDtypeStruct((HALF, HALF), jnp.float32, layout=plgpu.Layout.WGMMA)
+        return decode_plain(codes[...], words, dtype)
+    tile = plgpu.ShapeDtypeStruct((HALF, HALF), dtype, layout=plgpu.Layout.WGMMA)
     splat = plgpu.Layout.WG_SPLAT(())
-    kinds = (plgpu.Layout.WGMMA_8BIT, *[splat] * WORDS)
-    emit = plgpu.inline_mgpu(arg_types=kinds, return_type=(tile, tile))(decode_registers)
+    kinds = (plgpu.Layout.WGMMA_8BIT, *[splat] * len(words))
+    registers = functools.partial(decode_registers, dtype=dtype)
+    emit = plgpu.inline_mgpu(arg_types=kinds, return_type=(tile, tile))(registers)
     return emit(load(codes, plgpu.Layout.WGMMA_8BIT), *words)
 
 
-def decode_plain(codes: jax.Array, words: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
+def decode_plain(codes: jax.Array, words: Sequence[Any], dtype: Any) -> tuple[jax.Array, jax.Array]:
     """What ``decode_registers`` computes, for the interpreter."""
-    octets = lax.bitcast_convert_type(jnp.stack(words).reshape(4, 4), jnp.uint8)
-    codebook = lax.bitcast_convert_type(octets.reshape(4, WORDS).T, jnp.float32)
+    octets = lax.bitcast_convert_type(jnp.stack(words), jnp.uint8)
+    codebook = lax.bitcast_convert_type(octets.reshape(-1, 16).T, dtype)
     # axes: row, sixteen, lane, upper eight, odd; the middle ones change places
     lanes = codes.astype(jnp.int32).reshape(HALF, 4, 4, 2, 2)
     ordered = jnp.swapaxes(lanes, 2, 3).reshape(HALF, HALF)
     return codebook[ordered & 15], codebook[ordered >> 4]
 
 
-def decode_registers(_: Any, codes: Any, *table: Any) -> tuple[Any, Any]:
+def decode_registers(_: Any, codes: Any, *table: Any, dtype: Any) -> tuple[Any, Any]:
     """Every lane: a word of four codes into the four low and the four high values that it owns."""
     words = [Word(entry.registers.flat[0]) for entry in table]
     shape = mgpu.WGMMA_LAYOUT.registers_shape((HALF, HALF))
     halves = np.empty(shape, object), np.empty(shape, object)
-    f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
-    pair = ir.VectorType.get((2,), f32)
+    i32 = ir.IntegerType.get_signless(32)
+    element = mgpu.utils.dtype_to_ir_type(np.dtype(dtype))
+    pair = ir.VectorType.get((2,), element)
     for place, register in np.ndenumerate(codes.registers):
         word = Word(mgpu.utils.bitcast(register, i32))
-        found = look_up_nibbles(word, words, Word.prmt, Word.constant)
-        values = [arith.bitcast(f32, value.value) for value in found]
+        found = [value.value for value in look_up_nibbles(word, words, Word.prmt, Word.constant)]
         for nibble, half in enumerate(halves):
             for eight in range(2):
-                two = values[4 * eight + nibble : 4 * eight + nibble + 3 : 2]
                 target = (place[0], 2 * place[1] + eight, *place[2:])
-                half[target] = vector.from_elements(pair, two)
+                if len(found) == 4:
+                    half[target] = mgpu.utils.bitcast(found[2 * eight + nibble], pair)
+                else:
+                    two = found[4 * eight + nibble : 4 * eight + nibble + 3 : 2]
+                    values = [arith.bitcast(element, value) for value in two]
+                    half[target] = vector.from_elements(pair, values)
     low, high = (
         mgpu.FragmentedArray(_registers=half, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
         for half in halves

@@ -20,6 +20,7 @@ from jqlora_kernels.quantized_matmul import quantized_matmul
 mgpu = pytest.importorskip("jax.experimental.mosaic.gpu")
 plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 mosaic_tiles = pytest.importorskip("jqlora_kernels.mosaic_tiles")
+pallas_mosaic = pytest.importorskip("jqlora_kernels.quantized_matmul.pallas_mosaic")
 
 needs_interpreter = pytest.mark.skipif(
     not hasattr(plgpu, "InterpretGPUParams"), reason="JAX before 0.11 cannot interpret Mosaic"
@@ -27,7 +28,7 @@ needs_interpreter = pytest.mark.skipif(
 BUDGET = {"bfloat16": 2**-7, "float16": 2**-10}
 CASES = [
     (NF4(double_quant=True), "bfloat16", (20, 256, 128)),
-    (FP4(block=128), "float16", (130, 256, 256)),
+    (FP4(block=128), "float16", (130, 128, 256)),
 ]
 
 
@@ -55,6 +56,24 @@ def test_the_instructions_find_the_exact_value_of_every_nibble(codebook):
     nibbles = np.stack([codes & 15, codes >> 4], axis=-1).reshape(len(codes), 8)
     expected = codebook[nibbles].view(np.uint32)
     np.testing.assert_array_equal(np.stack(found, axis=-1), expected)
+
+
+def test_a_table_of_16_bit_entries_gives_pairs_ready_for_the_operand():
+    octets = np.arange(256, dtype=np.uint8)
+    codes = np.stack([np.roll(octets, i) for i in (0, 7, 100, 201)], axis=-1)
+    codebook = jnp.asarray(nf4_codebook()).astype(jnp.bfloat16)
+    table = np.asarray(mosaic_tiles.table_words(codebook)).view(np.uint32)
+    words = [np.full(len(codes), word) for word in table]
+
+    def constant(value):
+        return np.full(len(codes), value, np.uint32)
+
+    pairs = mosaic_tiles.look_up_nibbles(codes.view(np.uint32)[:, 0], words, prmt, constant)
+    entries = np.asarray(codebook).view(np.uint16)
+    low, high = entries[codes & 15], entries[codes >> 4]
+    for pair, source, first in zip(pairs, (low, high, low, high), (0, 0, 2, 2), strict=True):
+        np.testing.assert_array_equal(pair & 0xFFFF, source[:, first])
+        np.testing.assert_array_equal(pair >> 16, source[:, first + 1])
 
 
 def test_the_registers_of_operands_are_where_the_layout_of_codes_supposes():
@@ -93,13 +112,39 @@ def test_products_and_gradients_agree_with_the_definition_and_do_not_race(spec, 
         assert np.abs(a - e).max() <= BUDGET[dtype] * np.abs(e).max()
 
 
+@needs_interpreter
+def test_the_fast_mode_stays_within_its_budget():
+    # A bf16 rounding is off by u = 2^-8 at most, relatively. A weight takes three of them (code,
+    # scale, product): 3u + 3u^2 + u^3 < 3.02u. The sum over K adds up those of its terms, and is
+    # itself rounded; accumulating in fp32 is smaller by 2^-16 and covered by the same 0.02.
+    u, spec, (rows, inputs, outputs) = 2.0**-8, NF4(double_quant=True), (20, 256, 128)
+    q = quantize(jax.random.normal(jax.random.key(0), (inputs, outputs)) / 10, spec)
+    x = jax.random.normal(jax.random.key(1), (rows, inputs)).astype(jnp.bfloat16)
+    y = pallas_mosaic.quantized_matmul(
+        x,
+        *with_layout(q, HOPPER).kernel_operands(),
+        block=64,
+        features=outputs,
+        layout=HOPPER,
+        fast=True,
+        interpret=True,
+    )
+    weight, wide = np.asarray(q.dequantize(jnp.float32), np.float64), np.asarray(x, np.float64)
+    exact = wide @ weight
+    allowed = 3.02 * u * (np.abs(wide) @ np.abs(weight))
+    error = np.abs(np.asarray(y, np.float64) - exact)
+    assert (error <= allowed + u * (np.abs(exact) + allowed)).all()
+    assert error.max() > 0.1 * u * np.abs(exact).mean(), "this is not the fast mode"
+
+
 @pytest.mark.parametrize(("spec", "dtype"), [case[:2] for case in CASES], ids=str)
 @pytest.mark.parametrize("rows", [4, 1000])
 def test_the_kernels_lower_and_read_the_layer_where_it_lies(spec, dtype, rows, cuda_text):
+    backend = "mosaic_fast" if dtype == "bfloat16" and rows == 4 else "mosaic"
     shapes = jax.eval_shape(lambda: stack(spec, 1024, 256)[1])
 
     def loss(x, operands, index):
-        options = {"block": spec.block, "layout": HOPPER, "backend": "mosaic"}
+        options = {"block": spec.block, "layout": HOPPER, "backend": backend}
         y = quantized_matmul(x, *operands, index, features=256, **options)
         return (y.astype(jnp.float32) ** 2).sum()
 
@@ -115,12 +160,14 @@ REFUSED = [
     ({"spec": NF4(block=32)}, "block=32"),
     ({"spec": INT8()}, "256 levels"),
     ({"outputs": 192}, "N=192"),
+    ({"dtype": "float16", "backend": "mosaic_fast"}, "fast mode"),
 ]
 
 
 @pytest.mark.parametrize(("change", "said"), REFUSED, ids=[said for _, said in REFUSED])
 def test_what_it_cannot_serve_it_refuses_with_the_limit(change, said):
-    case = {"layout": HOPPER, "dtype": "bfloat16", "spec": NF4(), "outputs": 128} | change
+    case = {"layout": HOPPER, "dtype": "bfloat16", "spec": NF4(), "outputs": 128}
+    case |= {"backend": "mosaic"} | change
     q = quantize(jnp.ones((128, case["outputs"])), case["spec"])
     x = jnp.ones((4, 128), case["dtype"])
     with pytest.raises(NotImplementedError, match=said):
@@ -130,7 +177,7 @@ def test_what_it_cannot_serve_it_refuses_with_the_limit(change, said):
             block=q.block,
             features=case["outputs"],
             layout=case["layout"],
-            backend="mosaic",
+            backend=case["backend"],
         )
 
 

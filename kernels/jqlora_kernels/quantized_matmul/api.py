@@ -44,7 +44,8 @@ def quantized_matmul(
     See ``reference.quantized_matmul`` for the operands. With ``index`` (int32 scalar) every stored
     operand has one lead axis, and that element of it is used without being copied out first.
     Cotangents reach ``x`` only. ``backend`` and ``layout`` as in ``dequantize_blockwise``; besides,
-    "mosaic" for Hopper and "mosaic_interpret", by name only until a device has run it.
+    "mosaic" for Hopper, "mosaic_fast" (codes and scales rounded to bf16) and "mosaic_interpret", by
+    name only until a device has run them.
 
     Under ``vmap`` a batch of ``x`` becomes more rows; a batch of matrices is multiplied one by one.
     """
@@ -91,6 +92,7 @@ def backends(name: str, features: int, static: Static) -> dict[str, Callable[...
         "triton_interpret": functools.partial(kernel, interpret=True),
         "jax_triton": lazily(f"{__package__}.jax_triton", name, **options),
         "mosaic": mosaic(),
+        "mosaic_fast": mosaic(fast=True),
         "mosaic_interpret": mosaic(interpret=True),
         "reference": functools.partial(getattr(reference, name), **options),
     }
