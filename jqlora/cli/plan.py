@@ -1,7 +1,8 @@
 """Show what a config would train, before anything is allocated.
 
-Prints the table of adapted modules, the numbers of parameters, and the bytes that base, adapters
-and optimizer will take. Only the headers of the model's files are read.
+Prints the table of adapted modules, the numbers of parameters, the bytes that base, adapters and
+optimizer will take, and which kernels will multiply by the quantized matrices on this device. Only
+the headers of the model's files are read.
 """
 
 import argparse
@@ -24,7 +25,9 @@ def run(args: argparse.Namespace) -> int:
     """Print the table and the totals."""
     from jqlora.cli.shared import config_of
     from jqlora.run import plan_run, table
+    from jqlora.run.backends import backend_lines
 
-    sizes = plan_run(config_of(args.config))
-    print(table(sizes.plan), *sizes.lines(), sep="\n")
+    config = config_of(args.config)
+    sizes = plan_run(config)
+    print(table(sizes.plan), *sizes.lines(), *backend_lines(config), sep="\n")
     return 0

@@ -2,7 +2,7 @@
 
 from jqlora.quant.codebooks import dynamic_map, fp4_codebook, linear_map, nf4_codebook
 from jqlora.quant.layout import params_with_layout, with_layout
-from jqlora.quant.matmul import quantized_matmul
+from jqlora.quant.matmul import choose_backends, quantized_matmul
 from jqlora.quant.params import Footprint, footprint, is_quantized_path, quantize_params
 from jqlora.quant.qtensor import NestedScales, QTensor, is_qtensor, leaf_shapes
 from jqlora.quant.quantize import empty, quantize, quantize_rows
@@ -16,6 +16,7 @@ __all__ = [
     "Footprint",
     "NestedScales",
     "QTensor",
+    "choose_backends",
     "dynamic_map",
     "empty",
     "footprint",

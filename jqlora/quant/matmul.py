@@ -1,10 +1,15 @@
 """The product of activations with a quantized kernel."""
 
 import math
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jqlora.quant.qtensor import QTensor
+from jqlora_kernels.dispatch import Choice
+from jqlora_kernels.quantized_matmul import choose
 from jqlora_kernels.quantized_matmul import quantized_matmul as multiply
 
 
@@ -33,3 +38,20 @@ def quantized_matmul(x: jax.Array, q: QTensor, index: jax.Array | None = None) -
         rows, *q.kernel_operands(), index, block=q.block, features=outputs, layout=q.layout
     )
     return y.reshape(*x.shape[:-1], outputs)
+
+
+def choose_backends(q: QTensor, rows: int, dtype: DTypeLike) -> tuple[Choice, Choice]:
+    """What would multiply ``rows`` rows of ``dtype`` by a kernel of ``q``, which may be abstract,
+    and what would take the gradient; nothing runs, one matrix of a stack stands for all.
+
+    >>> choose_backends(quantize(jnp.ones((64, 32)), NF4()), 512, "float32")[0].backend
+    'reference'
+    """
+    inputs, outputs = q.matrix_shape
+    flat = jax.eval_shape(lambda q: q.flat_lead() if q.lead else q, q)
+    codes, scales, codebook, nested = jax.eval_shape(lambda q: q.kernel_operands(), flat)
+    index: Any = jax.ShapeDtypeStruct((), jnp.int32) if q.lead else None
+    x: Any = jax.ShapeDtypeStruct((rows, inputs), dtype)
+    return choose(
+        x, codes, scales, codebook, nested, index, block=q.block, features=outputs, layout=q.layout
+    )

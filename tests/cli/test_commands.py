@@ -52,6 +52,7 @@ def test_plan_prints_the_table_and_allocates_nothing(toy, capsys):
     assert "model.layers.*.self_attn.q_proj" in out
     assert "8,192 of 90,944 parameters" in out
     assert "optimizer" in out
+    assert "kernels    reference" in out
     assert not (toy / "planned").exists()
 
 
