@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+from jax.typing import DTypeLike
 
 from jqlora_kernels import triton_tiles
 from jqlora_kernels.packing import codes_per_byte
@@ -31,10 +32,13 @@ class Tile(NamedTuple):
     bytes: int
 
     @staticmethod
-    def of(count: int, block: int, parts: int) -> "Tile":
-        """The tile for ``count`` rows and blocks of ``block`` elements, ``parts`` to a byte."""
-        rows = 16 if count <= 16 else 64
-        features = 32 if count <= 16 else 64
+    def of(count: int, dtype: DTypeLike, block: int, parts: int) -> "Tile":
+        """The tile for ``count`` rows and blocks of ``block`` elements, ``parts`` to a byte.
+
+        Exact products of fp32 do without tensor cores, and larger tiles would spill registers.
+        """
+        small = count <= 16 or jnp.dtype(dtype) == jnp.float32
+        rows, features = (16, 32) if small else (64, 64)
         return Tile(rows, features, block, min(block // parts, BYTES))
 
 
@@ -54,7 +58,7 @@ def multiply(
     """``x`` [M, K] times the matrix of ``triton_tiles.flat_operands``: [M, N]."""
     count, columns = x.shape
     parts = codes_per_byte(operands[3])
-    tile = Tile.of(count, block, parts)
+    tile = Tile.of(count, x.dtype, block, parts)
     return triton_tiles.call(
         functools.partial(forward_tile, tile=tile, shape=(features, columns)),
         (split_columns(x, parts), *operands),
@@ -78,7 +82,7 @@ def multiply_transposed(
     """``g`` [M, N] times the matrix the other way round: [M, K = ``features``]."""
     count, outputs = g.shape
     parts = codes_per_byte(operands[3])
-    tile = Tile.of(count, block, parts)
+    tile = Tile.of(count, g.dtype, block, parts)
     columns = features // parts
     by_part = triton_tiles.call(
         functools.partial(transposed_tile, tile=tile, shape=(outputs, features)),
