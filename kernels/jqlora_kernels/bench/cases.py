@@ -156,15 +156,16 @@ def _products(case, stored, turns, interpret):
             f"{module}.pallas_triton", function, **options, **emulated, tuned=tuned
         )
     kernels["jax_triton"] = lazily(f"{module}.jax_triton", function, **options)
-    kernels["mosaic"] = lazily(
-        f"{module}.pallas_mosaic", function, **options, **emulated, layout=HOPPER
-    )
+    mosaic = functools.partial(lazily, f"{module}.pallas_mosaic", function, **options)
+    kernels["mosaic"] = mosaic(layout=HOPPER, **emulated)
+    if not interpret:  # the same kernel but for what the emulator does not run
+        kernels["mosaic fast"] = mosaic(layout=HOPPER, fast=True)
     calls: Calls = {"bf16": dense}
     results = {}
     for name, kernel in kernels.items():
-        if case.rows > MOST_ROWS.get(name, ALWAYS) or (name == "mosaic" and not packed):
+        if case.rows > MOST_ROWS.get(name, ALWAYS) or ("mosaic" in name and not packed):
             continue
-        operands = packed if name == "mosaic" else stored
+        operands = packed if "mosaic" in name else stored
         call = functools.partial(multiply, kernel=kernel)
         calls[name] = functools.partial(timing.looped, name, call, x, operands, turns)
         results[name] = functools.partial(jax.jit(call), x, operands[0])
