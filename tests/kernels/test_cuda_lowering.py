@@ -1,6 +1,5 @@
 """The kernels lower for a GPU that is not there, which the interpreter alone does not prove."""
 
-import contextlib
 import functools
 
 import jax
@@ -16,23 +15,6 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-def absent_gpu():
-    """From jax 0.11 on, Pallas asks for the device it lowers for; before, it could not be told."""
-    if not hasattr(jax.sharding, "AbstractDevice"):
-        return contextlib.nullcontext()
-    device = jax.sharding.AbstractDevice(
-        device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu"
-    )
-    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
-    return jax.sharding.use_abstract_mesh(mesh)
-
-
-def cuda_text(function, *shapes):
-    with absent_gpu():
-        lowered = jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",))
-    return lowered.as_text()
-
-
 SPECS = [NF4(), NF4(double_quant=True, block=32), FP4(double_quant=True, block=4096), INT8()]
 
 
@@ -43,7 +25,7 @@ def stack_of(spec):
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_decoding_lowers_to_a_triton_kernel(spec):
+def test_decoding_lowers_to_a_triton_kernel(spec, cuda_text):
     decode = functools.partial(
         dequantize_blockwise, block=spec.block, columns=4096, dtype="bfloat16", backend="triton"
     )
@@ -53,7 +35,7 @@ def test_decoding_lowers_to_a_triton_kernel(spec):
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 @pytest.mark.parametrize("rows", [3, 5, 1000])
-def test_products_and_gradients_lower_without_a_copy_of_the_layer(spec, rows):
+def test_products_and_gradients_lower_without_a_copy_of_the_layer(spec, rows, cuda_text):
     def loss(x, operands, index):
         y = quantized_matmul(x, *operands, index, block=spec.block, features=96, backend="triton")
         return (y.astype(jnp.float32) ** 2).sum()
