@@ -8,7 +8,7 @@ the update of the adapters.
 import optax
 
 from jqlora.optim.eight_bit import Bits, eight_bit
-from jqlora.optim.offload import Offload, offload
+from jqlora.optim.offload import DEVICE, HOST, Offload, offload
 from jqlora.optim.residence import undecided
 from jqlora.tree import flatten, unflatten
 from jqlora.types import Adapters, PyTree
@@ -124,8 +124,8 @@ def _chain(
 ) -> optax.GradientTransformationExtraArgs:
     if bits == 8:
         direction = eight_bit(direction)
-    if where != "none":
-        direction = offload(direction)
+    if where != "none" or bits == 8:
+        direction = offload(direction, home=DEVICE if where == "none" else HOST)
     links = [
         optax.identity() if max_grad_norm is None else optax.clip_by_global_norm(max_grad_norm)
     ]

@@ -44,14 +44,18 @@ def offload(
     *,
     page_bytes: int = PAGE_BYTES,
     smallest: int = SMALLEST,
+    home: jax.memory.Space = HOST,
 ) -> optax.GradientTransformationExtraArgs:
-    """``inner`` with its state in pinned host memory.
+    """``inner`` with its state in pinned host memory (``home``), updated in pages.
 
     ``init`` makes the state leaf by leaf and puts arrays of ``smallest`` elements or more on the
     host, with the sharding that they have on the device. ``update`` streams those in pages of at
     most ``page_bytes`` each, wherever a leaf's leading axis can be cut so (two pages at least; an
     axis that cannot be cut at all makes one page). A leading axis should not be sharded: cutting it
     is right but moves data between devices.
+
+    With ``home=jax.memory.Space.Device`` it stays where it is, and pages only bound the memory that
+    an update takes: 8-bit moments are decoded a page at a time.
 
     ``inner`` must update every element by itself: chain what looks at a whole tree or leaf, such as
     clipping by the global norm, outside. Raises :class:`ConfigError` in ``init`` where it does not.
@@ -68,7 +72,7 @@ def offload(
         for path, leaf in leaves.items():
             for key, part in named(inner.init(unflatten({path: leaf}))).items():
                 if key not in found:
-                    found[key] = jax.device_put(part, HOST) if part.size >= smallest else part
+                    found[key] = jax.device_put(part, home) if part.size >= smallest else part
         return renamed(jax.eval_shape(inner.init, params), found)
 
     def update(updates: Any, state: PyTree, params: Any = None, **extra: Any) -> tuple[Any, PyTree]:

@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 
 from jqlora.errors import RunError, SaveError
 from jqlora.io.atomic import atomic_directory, atomic_write_json
+from jqlora.optim.offload import on_host
 from jqlora.train.state import TrainState
 
 MANIFEST = "manifest.json"
@@ -89,13 +90,27 @@ def _write_state(path: Path, state: TrainState) -> None:
 
 
 def _read_state(path: Path, like: TrainState) -> TrainState:
-    template = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    template = jax.tree.map(_on_device, like)
     with ocp.StandardCheckpointer() as checkpointer:
         try:
-            return checkpointer.restore(path.absolute(), template)
+            restored = checkpointer.restore(path.absolute(), template)
         except (ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
             raise RunError(f"checkpoint {path.parent} belongs to another run: {reason}") from error
+    return jax.tree.map(
+        lambda leaf, wanted: jax.device_put(leaf, wanted.sharding) if on_host(wanted) else leaf,
+        restored,
+        like,
+    )
+
+
+def _on_device(leaf: jax.Array) -> Any:
+    """What orbax is asked for. It does not restore into another memory than was saved from."""
+    wanted = ocp.utils.to_shape_dtype_struct(leaf)
+    if not on_host(leaf):
+        return wanted
+    sharding = leaf.sharding.with_memory_kind("device")
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _digests(folder: Path) -> dict[str, str]:

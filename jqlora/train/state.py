@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jqlora.optim.offload import on_host
 from jqlora.types import Adapters, PyTree
 
 
@@ -30,9 +31,15 @@ class TrainState:
         should outlive that.
         """
         adapters = jax.tree.map(jnp.copy, adapters)
-        return cls(
+        state = cls(
             step=jnp.zeros((), jnp.int32),
             adapters=adapters,
             opt_state=tx.init(adapters),
             key=jnp.copy(key),
         )
+        leaves = jax.tree.leaves(state)
+        if isinstance(state.step, jax.core.Tracer) or not any(map(on_host, leaves)):
+            return state
+        # what a step returns of arrays in two memories is bound to its device: begin so as well,
+        # or the second step would compile again
+        return jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, state))

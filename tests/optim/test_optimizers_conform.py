@@ -37,6 +37,14 @@ TABLE = {
     "sgd": Row(optim.sgd, peak=1.0),
     "sgd with momentum": Row(lambda rate: optim.sgd(rate, momentum=0.9), peak=0.5),
     "adafactor": Row(optim.adafactor),
+    "adamw on the host": Row(lambda rate: optim.adamw(rate, offload="all")),
+    "adamw in 8 bits, in pages on the host": Row(
+        lambda rate: optax.chain(
+            optim.offload(optim.eight_bit(optax.scale_by_adam()), page_bytes=1024, smallest=4096),
+            optax.scale_by_learning_rate(rate),
+        )
+    ),
+    "LoRA-FA on the host": Row(lambda rate: optim.lora_fa(optim.lion(rate, offload="all")), 0.005),
     "LoRA+": Row(lambda rate: optim.lora_plus(optim.adamw(rate), ratio=4), peak=0.005),
     "LoRA-FA": Row(lambda rate: optim.lora_fa(optim.adamw(rate, weight_decay=0.1))),
     "LoRA+ of LoRA-FA in 8 bits": Row(
