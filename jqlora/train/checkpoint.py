@@ -104,7 +104,7 @@ def _read_state(path: Path, like: TrainState) -> TrainState:
     )
 
 
-def _on_device(leaf: jax.Array) -> Any:
+def _on_device(leaf: Any) -> Any:
     """What orbax is asked for. It does not restore into another memory than was saved from."""
     wanted = ocp.utils.to_shape_dtype_struct(leaf)
     if not on_host(leaf):

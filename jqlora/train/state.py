@@ -4,6 +4,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from jqlora.optim.offload import on_host
 from jqlora.types import Adapters, PyTree
@@ -38,7 +39,7 @@ class TrainState:
             key=jnp.copy(key),
         )
         leaves = jax.tree.leaves(state)
-        if isinstance(state.step, jax.core.Tracer) or not any(map(on_host, leaves)):
+        if isinstance(state.step, Tracer) or not any(map(on_host, leaves)):
             return state
         # what a step returns of arrays in two memories is bound to its device: begin so as well,
         # or the second step would compile again
