@@ -44,7 +44,7 @@ def offload(
     *,
     page_bytes: int = PAGE_BYTES,
     smallest: int = SMALLEST,
-    home: jax.memory.Space = HOST,
+    home: Any = HOST,  # a jax.memory.Space, which type checkers cannot see
 ) -> optax.GradientTransformationExtraArgs:
     """``inner`` with its state in pinned host memory (``home``), updated in pages.
 

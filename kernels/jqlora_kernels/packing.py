@@ -5,10 +5,11 @@ The size of the codebook is static and says which, so that no operation needs to
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 
-def codes_per_byte(codebook: jax.Array) -> int:
+def codes_per_byte(codebook: jax.Array | np.ndarray) -> int:
     """2 for a codebook [16], 1 for one of [256]; ``ValueError`` for another size."""
     (size,) = codebook.shape
     if size not in (16, 256):
