@@ -40,9 +40,10 @@ def test_every_command_of_the_table_explains_itself(name, capsys):
 
 
 @pytest.mark.weights
-def test_the_python_example_runs(tmp_path):
-    code = re.search(r"<!-- run -->\n```python\n(.*?)```", README, re.DOTALL)[1]
-    code = code.replace("configs/", f"{ROOT}/configs/")
+def test_the_python_examples_run_one_after_the_other(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert README.count("<!-- run -->\n```python") == len(blocks)
+    code = "".join(blocks).replace("configs/", f"{ROOT}/configs/")
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
