@@ -1,0 +1,137 @@
+"""How much device memory does a QLoRA step take at 7B and 65B, by where AdamW keeps its moments?
+
+    pip install -e '.[aot]'
+    python experiments/04_step_memory/run.py                       # no GPU, some minutes
+    python experiments/04_step_memory/run.py --models 65b --states device host
+
+The whole training step (NF4 base with double quantization, rank 64 on all linear layers, fp32
+adapters, whole layers recomputed, one row of 512 tokens) is compiled for an H100 that need not be
+there, and the compiler's assignment of buffers is read. Nothing runs: the allocator's overhead and
+what the driver takes come on top, and attention is XLA's, because cuDNN's needs its libraries.
+Prediction: moving the state to the host saves its size, since pages fit into memory that the step
+has anyway. One line a case goes to ``results.jsonl``.
+"""
+
+import argparse
+import json
+import os
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JQLORA_KERNELS"] = "triton"
+
+import jax
+import jax.numpy as jnp
+
+import jqlora as jq
+from jqlora.models import LlamaConfig, LlamaForCausalLM, abstract_params
+from jqlora.optim.offload import SMALLEST
+from jqlora.quant import quantize_params
+from jqlora.train.placement import compiled_bytes
+from jqlora_kernels import aot
+from jqlora_kernels.aot_targets import TARGETS
+
+HERE = Path(__file__).parent
+GIB = 2**30
+BUS = 55e9
+"""Assumed bytes a second between host and device, one way: PCIe 5 x16, not measured."""
+MODELS = {
+    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32},
+    "65b": {"hidden_size": 8192, "intermediate_size": 22016, "num_hidden_layers": 80},
+}
+STATES = {
+    "device": {},
+    "8 bits": {"bits": 8},
+    "host": {"offload": "all"},
+    "8 bits, host": {"bits": 8, "offload": "all"},
+}
+
+
+def compiled(sizes: dict, options: dict, tokens: int, rank: int, target: str):
+    """The compiled step, and the bytes of the optimizer's state on the device and on the host."""
+    heads = sizes["hidden_size"] // 128
+    config = LlamaConfig(
+        vocab_size=32000,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=128,
+        **sizes,
+    )
+    types = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
+    model = LlamaForCausalLM(config, remat="full", attention="xla", **types)
+    params = quantize_params(abstract_params(model), jq.NF4(double_quant=True))
+    plan = jq.plan(model, params, jq.LoRA(rank=rank, targets="all-linear"))
+    tx = jq.optim.adamw(1e-4, **options)
+    key = jax.random.key(0)
+    state = jax.eval_shape(lambda: jq.TrainState.create(jq.init(key, plan), tx, key))
+    mesh = aot.mesh(TARGETS[target])
+    device = jax.NamedSharding(mesh, jax.P())
+    # a mesh of absent devices forgets memory kinds, an abstract one keeps them
+    host = jax.NamedSharding(mesh.abstract_mesh, jax.P(), memory_kind="pinned_host")
+    sizes_by_home = {"device": 0, "host": 0}
+
+    def placed(leaf, sharding=device):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    def moment(leaf):
+        away = options.get("offload") == "all" and leaf.size >= SMALLEST
+        sizes_by_home["host" if away else "device"] += leaf.size * leaf.dtype.itemsize
+        return placed(leaf, host if away else device)
+
+    opt_state = jax.tree.map(moment, state.opt_state)
+    state = jax.tree.map(placed, state).replace(opt_state=opt_state)
+    row = jax.ShapeDtypeStruct((1, tokens), jnp.int32, sharding=device)
+    names = ("input_ids", "positions", "segment_ids", "loss_mask")
+    step = jq.make_train_step(jq.bind(model, plan), tx)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = step.lower(state, jax.tree.map(placed, params), dict.fromkeys(names, row))
+        return lowered.compile(), sizes_by_home
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--states", nargs="+", default=list(STATES), choices=STATES)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--device", default="h100", choices=TARGETS)
+    arguments = parser.parse_args()
+    if (lack := aot.missing()) is not None:
+        raise SystemExit(lack)
+    for model in arguments.models:
+        for name in arguments.states:
+            start = time.perf_counter()
+            program, homes = compiled(
+                MODELS[model], STATES[name], arguments.tokens, arguments.rank, arguments.device
+            )
+            memory = program.memory_analysis()
+            row = {
+                "model": model,
+                "state": name,
+                "tokens": arguments.tokens,
+                "rank": arguments.rank,
+                "device": arguments.device,
+                "device_gib": compiled_bytes(program) / GIB,
+                "temporaries_gib": memory.temp_size_in_bytes / GIB,
+                "state_on_device_gib": homes["device"] / GIB,
+                "state_on_host_gib": homes["host"] / GIB,
+                "transfer_seconds_predicted": 2 * homes["host"] / BUS,
+                "compile_seconds": time.perf_counter() - start,
+                "jax": version("jax"),
+                "date": time.strftime("%Y-%m-%d"),
+            }
+            print(
+                f"{model:4} {name:13} {row['device_gib']:7.3f} GiB on the device, of which "
+                f"temporaries {row['temporaries_gib']:.3f}; state {row['state_on_device_gib']:.3f} "
+                f"there, {row['state_on_host_gib']:.3f} on the host "
+                f"({row['transfer_seconds_predicted']:.3f} s both ways at {BUS / 1e9:.0f} GB/s)",
+                flush=True,
+            )
+            with (HERE / "results.jsonl").open("a") as results:
+                results.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
