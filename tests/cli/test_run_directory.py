@@ -35,7 +35,9 @@ def test_the_written_config_is_resolved_and_absolute(finished, toy):
     config = read_config([finished / "config.yaml"])
     assert config.output.directory == str(finished)
     assert config.model.source == str(toy / "model")
-    assert config.train.betas == (0.9, 0.999)
+    assert (config.train.optimizer, config.train.schedule) == ("adamw", "cosine")
+    assert config.method.init == "kaiming"
+    assert "schedule: cosine" in (finished / "config.yaml").read_text()
 
 
 def test_the_summary_has_the_promised_numbers(finished):
