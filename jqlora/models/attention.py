@@ -5,6 +5,7 @@ training and scoring; calls with a cache go through XLA, whose masks cost nothin
 which takes queries at any offset from their keys.
 """
 
+import functools
 from typing import Literal, TypeAlias
 
 import flax.linen as nn
@@ -52,19 +53,15 @@ class SelfAttention(nn.Module):
         config = self.config
         batch, length, _ = x.shape
 
-        def through(name: str, y: jax.Array, features: int, bias: bool) -> jax.Array:
-            return project(
-                y,
-                features,
-                name,
-                use_bias=bias,
-                initializer_range=config.initializer_range,
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-            )
+        through = functools.partial(
+            project,
+            initializer_range=config.initializer_range,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+        )
 
         def heads(name: str, count: int) -> jax.Array:
-            y = through(name, x, count * config.head_dim, config.qkv_bias)
+            y = through(x, count * config.head_dim, name, use_bias=config.qkv_bias)
             return y.reshape(batch, length, count, config.head_dim)
 
         queries = heads("q_proj", config.num_attention_heads)
@@ -101,4 +98,5 @@ class SelfAttention(nn.Module):
             )
         mixed = mixed.astype(queries.dtype)
         mixed = mixed.reshape(batch, length, -1)
-        return through("o_proj", mixed, config.hidden_size, config.output_bias), fresh
+        mixed = through(mixed, config.hidden_size, "o_proj", use_bias=config.output_bias)
+        return mixed, fresh

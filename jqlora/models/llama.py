@@ -4,6 +4,7 @@ Module paths are those of the Hugging Face checkpoint without the layer number. 
 adapters or quantization: projections are ``nn.Dense``, the embedding is ``nn.Embed``.
 """
 
+import functools
 from typing import Any, Literal, get_args
 
 import flax.linen as nn
@@ -35,20 +36,16 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         config = self.config
 
-        def through(name: str, y: jax.Array, features: int) -> jax.Array:
-            return project(
-                y,
-                features,
-                name,
-                use_bias=config.mlp_bias,
-                initializer_range=config.initializer_range,
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-            )
-
-        gate = ACTIVATIONS[config.hidden_act](through("gate_proj", x, config.intermediate_size))
-        up = through("up_proj", x, config.intermediate_size)
-        return through("down_proj", gate * up, config.hidden_size)
+        through = functools.partial(
+            project,
+            use_bias=config.mlp_bias,
+            initializer_range=config.initializer_range,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+        )
+        gate = ACTIVATIONS[config.hidden_act](through(x, config.intermediate_size, "gate_proj"))
+        up = through(x, config.intermediate_size, "up_proj")
+        return through(gate * up, config.hidden_size, "down_proj")
 
 
 class DecoderLayer(nn.Module):
