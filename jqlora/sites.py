@@ -28,7 +28,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from jqlora.tree import flatten
+from jqlora.tree import dotted, flatten
 from jqlora.types import Path
 
 LEAVES = ("kernel", "embedding")
@@ -182,7 +182,7 @@ class Observer:
         parts: list[str] = []
         placed = 0
         for depth, component in enumerate(leaf[:-1], start=1):
-            parts.append(_dotted(component, last=depth == len(leaf) - 1))
+            parts.append(dotted(component, last=depth == len(leaf) - 1))
             taken = self.removed.get((leaf, depth), placed)
             parts += ["{}"] * (taken - placed)
             placed = max(placed, taken)
@@ -267,11 +267,6 @@ REGISTRY: dict[type[nn.Module], Callable[..., _Seen]] = {
     nn.Einsum: _describe_einsum,
 }
 """Linear-like modules, and how each lays out its matrix; lifted and derived classes count too."""
-
-
-def _dotted(component: str, *, last: bool) -> str:
-    match = re.fullmatch(r"([a-z].*)_(\d+)", component)
-    return f"{match[1]}.{match[2]}" if match and not last else component
 
 
 def without_numbers(names: Iterator[str] | tuple[str, ...]) -> dict[str, str]:

@@ -4,6 +4,7 @@ Every node that is not a mapping is a leaf, so a ``QTensor`` (itself a pytree) s
 """
 
 import difflib
+import re
 import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -38,6 +39,15 @@ def unflatten(flat: Mapping[Path, Any]) -> dict[str, Any]:
 def fold_in_path(key: jax.Array, path: Path) -> jax.Array:
     """A PRNG key for one path: adding or removing other paths never changes it."""
     return jax.random.fold_in(key, zlib.crc32("/".join(path).encode()))
+
+
+def dotted(component: str, *, last: bool) -> str:
+    """One component of a module's path as in a dotted name: ``layers_3`` is ``layers.3``.
+
+    The module's own name, the last, stays as it is, and so do names that Flax made (``Dense_1``).
+    """
+    match = re.fullmatch(r"([a-z].*)_(\d+)", component)
+    return f"{match[1]}.{match[2]}" if match and not last else component
 
 
 def nearest(name: str, names: Iterable[str], count: int = 3) -> list[str]:

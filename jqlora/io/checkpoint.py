@@ -15,20 +15,27 @@ from jqlora.io.gguf_config import config_from_gguf
 from jqlora.io.readers import TensorReader, open_directory
 from jqlora.io.readers.gguf import GGUFTensors, open_gguf
 from jqlora.io.source import Source
-from jqlora.models import Family, family_of
+from jqlora.models import Family, family_of, task_of
+from jqlora.models.tasks import LABELLED
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """``config`` is the content of config.json, whatever the files' format."""
+    """``config`` is the content of config.json, whatever the files' format.
+
+    ``task`` is what the model is to be built for; ``other_head`` says that the files were made for
+    something else, so that they lack its head and may have their own.
+    """
 
     source: Source
     config: dict[str, Any]
     family: Family
     parsed: Any
     reader: TensorReader
+    task: str
+    other_head: bool
 
     def dtype(self, asked: Any = None) -> str:
         """The name of the dtype to load: the one asked for, else the checkpoint's own.
@@ -53,14 +60,17 @@ class Checkpoint:
     def model(self, dtype: str, *, scan: bool = True) -> nn.Module:
         """The Linen module, with parameters and computation in ``dtype``."""
         config = dataclasses.replace(self.parsed, dtype=dtype)
-        return self.family.build(config, dtype=jnp.dtype(dtype), scan=scan)
+        return self.family.build(config, task=self.task, dtype=jnp.dtype(dtype), scan=scan)
 
 
-def open_checkpoint(source: Source) -> Checkpoint:
+def open_checkpoint(
+    source: Source, *, task: str | None = None, num_labels: int | None = None
+) -> Checkpoint:
     """Read the config and the headers of all weight files.
 
-    Raises CheckpointError for a missing or broken config, an unknown architecture, and damaged or
-    truncated files.
+    ``task`` and ``num_labels`` ask for another head than the config's. Raises CheckpointError for a
+    missing or broken config, an unknown architecture or a head that it has not, and damaged or
+    truncated files; ConfigError for ``num_labels`` of a head without labels.
     """
     if source.kind == "gguf":
         header = open_gguf(source.path)
@@ -69,10 +79,11 @@ def open_checkpoint(source: Source) -> Checkpoint:
             reader = GGUFTensors(source.path, header)
         except CheckpointError as error:
             raise CheckpointError(f"{source.path}: {error}") from error
-        return _assemble(source, source.path, config, lambda: reader)
+        return _assemble(source, source.path, config, lambda: reader, task, num_labels)
     path = source.path / "config.json"
     # the config first: an unknown architecture explains more than what its weights may lack
-    return _assemble(source, path, read_config(path), lambda: open_directory(source.path))
+    config = read_config(path)
+    return _assemble(source, path, config, lambda: open_directory(source.path), task, num_labels)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -89,11 +100,23 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _assemble(
-    source: Source, path: Path, config: dict[str, Any], open_reader: Callable[[], TensorReader]
+    source: Source,
+    path: Path,
+    config: dict[str, Any],
+    open_reader: Callable[[], TensorReader],
+    asked: str | None,
+    num_labels: int | None,
 ) -> Checkpoint:
     try:
         family = family_of(config)
+        task = task_of(config, asked)
         parsed = family.parse(config)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    return Checkpoint(source, config, family, parsed, open_reader())
+    other_head = task != family.task(config)
+    if num_labels is not None:
+        if task not in LABELLED:
+            raise ConfigError(f"num_labels={num_labels} has no meaning for the task {task!r}")
+        other_head |= parsed.num_labels != num_labels
+        parsed = parsed.with_labels(num_labels)
+    return Checkpoint(source, config, family, parsed, open_reader(), task, other_head)

@@ -13,24 +13,28 @@ from jqlora import models, tree
 from jqlora.errors import CheckpointError, ConfigError
 from jqlora.io import bnb
 from jqlora.io.checkpoint import Checkpoint
+from jqlora.io.readers import TensorReader
+from jqlora.io.readers.renamed import Renamed
 from jqlora.models import HFName
 from jqlora.quant import BlockQuant, empty, quantize_params
 from jqlora.quant.params import SKIP
 from jqlora.types import Path
 
 logger = logging.getLogger(__name__)
-# A buffer that files of older transformers carry; its content follows from the config.
-_COMPUTED = "rotary_emb.inv_freq"
 
 
 @dataclass(frozen=True)
 class Layout:
     """``tensors`` in reading order; ``stored`` has those that the file holds quantized.
 
-    ``leaves`` are the shapes of the result: ``ShapeDtypeStruct``, or ``QTensor`` of them.
+    ``reader`` has them under their present names. ``leaves`` are the shapes of the result:
+    ``ShapeDtypeStruct``, or ``QTensor`` of them. ``fresh`` are parameters of a head that the
+    checkpoint is without, which are to be drawn at random.
     """
 
+    reader: TensorReader
     tensors: tuple[HFName, ...]
+    fresh: tuple[HFName, ...]
     stored: Mapping[str, bnb.StoredQuant]
     leaves: Mapping[Path, Any]
 
@@ -55,26 +59,43 @@ def lay_out(
 ) -> Layout:
     """Match the checkpoint's tensors with the model's leaves.
 
-    Raises CheckpointError naming file and tensor if one is missing, extra or misshapen, and
-    ConfigError for ``quantize`` of a checkpoint that is quantized already.
+    Where the checkpoint has another head than the model, or none, the model's is ``fresh`` and the
+    checkpoint's is passed over. Raises CheckpointError naming file and tensor if one is missing,
+    extra or misshapen, and ConfigError for ``quantize`` of a checkpoint that is quantized already.
     """
     check_quantization_config(checkpoint, quantize)
-    reader, present = checkpoint.reader, set(checkpoint.reader.names())
-    tensors = tuple(checkpoint.family.hf_names(model))
+    every = tuple(checkpoint.family.hf_names(model))
+    reader = _present_names(checkpoint, {item.hf for item in every})
+    present = set(reader.names())
     dense = tree.flatten(models.abstract_params(model))
     stored: dict[str, bnb.StoredQuant] = {}
-    for item in tensors:
+    tensors, fresh = [], []
+    for item in every:
+        replaceable = checkpoint.other_head and checkpoint.family.naming.of_head(item.hf)
         if item.hf not in present:
-            unexpected = present - {other.hf for other in tensors}
-            raise _missing(checkpoint, item.hf, unexpected)
+            if not replaceable:
+                unexpected = present - {other.hf for other in every}
+                raise _missing(checkpoint, item.hf, unexpected)
+            fresh.append(item)
+            continue
         found = bnb.find_stored(reader, item.hf, present) if item.path[-1] == "kernel" else None
+        shape = reader.info(item.hf).shape if found is None else tuple(found.matrix_shape[::-1])
+        expected = _file_shape(item, dense[item.path].shape)
+        if shape != expected:
+            if not replaceable:
+                raise CheckpointError(
+                    f"{reader.where(item.hf)}: tensor {item.hf!r} has the shape {list(shape)}, "
+                    f"the config asks for {list(expected)}"
+                )
+            fresh.append(item)
+            continue
         if found is not None:
             stored[item.hf] = found
-        shape = reader.info(item.hf).shape if found is None else tuple(found.matrix_shape[::-1])
-        _check_shape(checkpoint, item, shape, dense[item.path].shape)
-    _check_extra(checkpoint, {item.hf for item in tensors}, stored)
+        tensors.append(item)
+    _check_extra(checkpoint, reader, {item.hf for item in every}, stored)
     leaves = tree.flatten(abstract_params(model, quantize, skip=skip))
-    return Layout(tensors, stored, {**leaves, **_stored_leaves(tensors, stored, dense)})
+    leaves |= _stored_leaves(tuple(tensors), stored, dense)
+    return Layout(reader, tuple(tensors), tuple(fresh), stored, leaves)
 
 
 def check_quantization_config(checkpoint: Checkpoint, quantize: BlockQuant | None) -> None:
@@ -121,16 +142,9 @@ def _stored_leaves(
     return leaves
 
 
-def _check_shape(
-    checkpoint: Checkpoint, item: HFName, found: tuple[int, ...], leaf: tuple[int, ...]
-) -> None:
-    expected = leaf if item.index is None else leaf[1:]
-    expected = expected[::-1] if item.transpose else expected
-    if found != expected:
-        raise CheckpointError(
-            f"{checkpoint.reader.where(item.hf)}: tensor {item.hf!r} has the shape {list(found)}, "
-            f"the config asks for {list(expected)}"
-        )
+def _file_shape(item: HFName, leaf: tuple[int, ...]) -> tuple[int, ...]:
+    shape = leaf if item.index is None else leaf[1:]
+    return shape[::-1] if item.transpose else shape
 
 
 def _missing(checkpoint: Checkpoint, name: str, unexpected: set[str]) -> CheckpointError:
@@ -139,30 +153,52 @@ def _missing(checkpoint: Checkpoint, name: str, unexpected: set[str]) -> Checkpo
     return CheckpointError(f"{checkpoint.source.path}: tensor {name!r} is missing{hint}")
 
 
-def _check_extra(
-    checkpoint: Checkpoint, expected: set[str], stored: Mapping[str, bnb.StoredQuant]
-) -> None:
-    known = expected | {part for name in stored for part in bnb.part_names(name)}
-    for name in checkpoint.reader.names():
-        if name in known or name.endswith(_COMPUTED):
+def _present_names(checkpoint: Checkpoint, known: set[str]) -> Renamed:
+    """The checkpoint under the names that files have today, each tied tensor once."""
+    naming, reader = checkpoint.family.naming, checkpoint.reader
+    roots = naming.roots(known)
+    stored: dict[str, str] = {}
+    for name in reader.names():
+        present = name if name in known else naming.canonical(name, roots)
+        if present in stored:
+            raise CheckpointError(
+                f"{reader.where(name)}: {name!r} and {stored[present]!r} are the same tensor"
+            )
+        stored[present] = name
+    for copy, own in naming.ties:
+        if copy in known or copy not in stored or own not in known:
             continue
-        if name == "lm_head.weight" and _is_tied(checkpoint):
-            continue
-        raise CheckpointError(
-            f"{checkpoint.reader.where(name)}: tensor {name!r} has no place in a "
-            f"{checkpoint.family.name} model with this config"
-        )
+        if own not in stored:
+            stored[own] = stored.pop(copy)
+        elif not checkpoint.other_head and _is_tied(reader, stored[copy], stored[own]):
+            del stored[copy]
+    return Renamed(reader, stored)
 
 
-def _is_tied(checkpoint: Checkpoint) -> bool:
-    """Whether the file repeats the embedding as output head, as the config promises."""
-    reader = checkpoint.reader
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    if reader.info(head) != reader.info(embedding):
+def _is_tied(reader: TensorReader, copy: str, own: str) -> bool:
+    """Whether the file repeats a tensor, as the config promises."""
+    if reader.info(copy) != reader.info(own):
         return False
-    if reader.read(head).tobytes() != reader.read(embedding).tobytes():
+    if reader.read(copy).tobytes() != reader.read(own).tobytes():
         raise CheckpointError(
-            f"{reader.where(head)}: {head!r} differs from {embedding!r}, but config.json says "
+            f"{reader.where(copy)}: {copy!r} differs from {own!r}, but config.json says "
             "tie_word_embeddings; set it to false to load both"
         )
     return True
+
+
+def _check_extra(
+    checkpoint: Checkpoint,
+    reader: TensorReader,
+    expected: set[str],
+    stored: Mapping[str, bnb.StoredQuant],
+) -> None:
+    naming = checkpoint.family.naming
+    known = expected | {part for name in stored for part in bnb.part_names(name)}
+    for name in reader.names():
+        unused = checkpoint.other_head and naming.of_head(name)
+        if not (name in known or unused or naming.is_ignored(name)):
+            raise CheckpointError(
+                f"{reader.where(name)}: tensor {name!r} has no place in a "
+                f"{checkpoint.family.name} model with this config"
+            )

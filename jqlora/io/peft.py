@@ -33,7 +33,7 @@ from jqlora.io.readers.safetensors import SafetensorsFile
 from jqlora.io.readers.torch_zip import TorchFile
 from jqlora.methods import FULL, AdaLoRA, LoRA, Placement, Plan, assemble, method_of
 from jqlora.methods.targeting import OUTPUT_HEAD
-from jqlora.models.families import HFName, family_for
+from jqlora.models import HFName, family_for
 from jqlora.sites import Survey
 from jqlora.tree import flatten, unflatten
 from jqlora.types import Adapters, Params

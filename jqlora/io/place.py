@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jqlora.io.readers import TensorReader
-from jqlora.quant import BlockQuant, quantize_rows
+from jqlora.quant import BlockQuant, quantize, quantize_rows
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Converter:
     def __call__(self, raw: jax.Array) -> Any:
         array = raw.astype(self.dtype)
         if self.spec is not None:
-            return quantize_rows(array, self.spec)
+            return (quantize_rows if self.transpose else quantize)(array, self.spec)
         return array.T if self.transpose else array
 
 

@@ -16,7 +16,7 @@ from jqlora.io.checkpoint import Checkpoint, open_checkpoint
 from jqlora.io.layout import lay_out
 from jqlora.io.load import Progress
 from jqlora.io.place import Converter, convert, read_float
-from jqlora.io.readers import TensorInfo
+from jqlora.io.readers import TensorInfo, TensorReader
 from jqlora.io.save import (
     MAX_SHARD_BYTES,
     generation_config,
@@ -76,15 +76,14 @@ def quantize_checkpoint(
     config["quantization_config"] = quantization_config(specs, layout.tensors, name)
     with atomic_directory(out) as folder:
         write_companions(found, config, folder)  # first: they are quick to fail
-        groups = [_group(checkpoint, item, leaves[item.hf], name) for item in layout.tensors]
+        groups = [_group(layout.reader, item, leaves[item.hf], name) for item in layout.tensors]
         write_weights(folder, groups, max_shard_bytes=max_shard_bytes, progress=progress)
         atomic_write_json(folder / "config.json", config)
 
 
-def _group(checkpoint: Checkpoint, item: HFName, leaf: Any, dtype: str) -> Group:
-    reader = checkpoint.reader
+def _group(reader: TensorReader, item: HFName, leaf: Any, dtype: str) -> Group:
     if isinstance(leaf, QTensor):
-        how = Converter(dtype, spec=leaf.spec)
+        how = Converter(dtype, item.transpose, leaf.spec)
         return quantized_group(
             item.hf,
             leaf.spec,

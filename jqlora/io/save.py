@@ -22,6 +22,7 @@ from jqlora.io.load import Progress
 from jqlora.io.readers import TensorInfo
 from jqlora.io.shards import Group, write_weights
 from jqlora.models import HFName, family_for
+from jqlora.models.tasks import GENERATING
 from jqlora.quant import BlockQuant, QTensor
 from jqlora.quant.schemes import scheme_of
 from jqlora.types import Params, Path
@@ -51,11 +52,12 @@ def save_pretrained(
     Raises CheckpointError if ``params`` are not those of ``model``, and SaveError if ``path``
     cannot be written; an earlier ``path`` then is as it was.
     """
-    names = family_for(model).hf_names(model)
+    family, task = family_for(model), _task(model)
+    names = family.hf_names(model)
     leaves = tree.flatten(params)
     _check_leaves(leaves, tree.flatten(models.abstract_params(model)))
     config = dataclasses.replace(_config(model), dtype=_main_dtype(leaves.values()))
-    content = config.to_hf("old")
+    content = config.to_hf("old") | {"architectures": [family.architecture(task)]}
     quantized = {item.hf: leaves[item.path] for item in names if _is_quantized(leaves[item.path])}
     if quantized:
         specs = {name: q.spec for name, q in quantized.items()}
@@ -64,7 +66,8 @@ def save_pretrained(
         groups = [_group(item, leaves[item.path]) for item in names]
         write_weights(folder, groups, max_shard_bytes=max_shard_bytes, progress=progress)
         atomic_write_json(folder / "config.json", content)
-        atomic_write_json(folder / "generation_config.json", generation_config(content))
+        if task in GENERATING:
+            atomic_write_json(folder / "generation_config.json", generation_config(content))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
 
@@ -147,6 +150,10 @@ def _is_quantized(leaf: Any) -> bool:
 
 def _config(model: nn.Module) -> Any:
     return model.config  # pyright: ignore[reportAttributeAccessIssue]  every family's module has one
+
+
+def _task(model: nn.Module) -> str:
+    return model.task  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _main_dtype(leaves: Iterable[Any]) -> str:

@@ -1,29 +1,34 @@
-"""Decoder language models in plain Flax Linen, and where their checkpoints' tensors belong."""
+"""Language models in plain Flax Linen, and where their checkpoints' tensors belong."""
 
 from jqlora.models.config import LlamaConfig
 from jqlora.models.families import (
     FAMILIES,
     Family,
-    HFName,
     abstract_params,
     family_for,
     family_of,
+    task_of,
 )
 from jqlora.models.layers import loop_to_scan, scan_to_loop
 from jqlora.models.llama import LlamaForCausalLM
+from jqlora.models.names import HFName, Naming
 from jqlora.models.outputs import CausalLMOutput, KVCache
+from jqlora.models.tasks import TASKS
 
 __all__ = [
     "FAMILIES",
+    "TASKS",
     "CausalLMOutput",
     "Family",
     "HFName",
     "KVCache",
     "LlamaConfig",
     "LlamaForCausalLM",
+    "Naming",
     "abstract_params",
     "family_for",
     "family_of",
     "loop_to_scan",
     "scan_to_loop",
+    "task_of",
 ]

@@ -1,4 +1,5 @@
-"""Which architectures can be loaded, and where each tensor of their checkpoints belongs.
+"""Which architectures can be loaded: a row for each, of how its config is read, its module built
+and its tensors named.
 
 A new architecture is a row here and, if its mathematics is new, one file with its module.
 """
@@ -15,35 +16,42 @@ from jqlora.errors import CheckpointError
 from jqlora.models.config import LlamaConfig
 from jqlora.models.hf_keys import KINDS
 from jqlora.models.llama import LlamaForCausalLM
-from jqlora.tree import flatten
-from jqlora.types import Path
-
-
-@dataclass(frozen=True, kw_only=True)
-class HFName:
-    """One tensor of a checkpoint, and the leaf it is or the layer of the leaf it fills.
-
-    ``index`` is the position on the leaf's lead axis, None where the leaf has none. A transposed
-    tensor is stored (out, in) where the leaf is (in, out).
-    """
-
-    hf: str
-    path: Path
-    index: int | None = None
-    transpose: bool = False
+from jqlora.models.names import HFName, Naming
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """An architecture: how its config is read, its module built and its tensors named."""
+    """An architecture and its heads.
+
+    ``heads`` are the classes of transformers and the task of each; ``bare`` are its classes
+    without a head. ``parse`` makes a configuration of config.json and
+    ``build(config, task=..., dtype=..., **options)`` the module, whose ``config`` and ``task`` are
+    those it was built with.
+    """
 
     name: str
     model_types: tuple[str, ...]
-    architectures: tuple[str, ...]
+    heads: Mapping[str, str]
     parse: Callable[[Mapping[str, Any]], Any]
     build: Callable[..., nn.Module]
-    hf_names: Callable[[Any], list[HFName]]
+    naming: Naming
     module: type[nn.Module]
+    bare: tuple[str, ...] = ()
+
+    def hf_names(self, model: Any) -> list[HFName]:
+        """Every tensor of the model's checkpoint, in the order of a file."""
+        return self.naming.tensors(abstract_params(model))
+
+    def task(self, hf_config: Mapping[str, Any]) -> str | None:
+        """What the checkpoint of a config.json was made for; None if no head that is known."""
+        named = hf_config.get("architectures")
+        if not named and len(self.heads) == 1:
+            return next(iter(self.heads.values()))
+        return next((self.heads[name] for name in named or () if name in self.heads), None)
+
+    def architecture(self, task: str) -> str:
+        """The class of transformers with the head for ``task``."""
+        return next(name for name, serves in self.heads.items() if serves == task)
 
 
 def abstract_params(model: Any) -> dict[str, Any]:
@@ -54,46 +62,28 @@ def abstract_params(model: Any) -> dict[str, Any]:
     return variables["params"]
 
 
-def _build_llama(config: LlamaConfig, dtype: Any = jnp.float32, **options: Any) -> nn.Module:
+def _build_llama(
+    config: LlamaConfig, task: str = "causal-lm", dtype: Any = jnp.float32, **options: Any
+) -> nn.Module:
     return LlamaForCausalLM(config, **{"dtype": dtype, "param_dtype": dtype, **options})
 
 
-# Linen's name of a leaf -> Hugging Face's, and whether it is stored transposed.
-_LEAVES = {
-    "kernel": ("weight", True),
-    "bias": ("bias", False),
-    "scale": ("weight", False),
-    "embedding": ("weight", False),
-}
-
-
-def _llama_names(model: LlamaForCausalLM) -> list[HFName]:
-    """Every tensor of the model's checkpoint, layer by layer so that a file is read in order."""
-    depth = model.config.num_hidden_layers
-    outside: list[HFName] = []
-    layers: list[list[HFName]] = [[] for _ in range(depth)]
-    for path in flatten(abstract_params(model)):
-        leaf, transpose = _LEAVES[path[-1]]
-        if path[1].startswith("layers"):
-            numbers = range(depth) if model.scan else [int(path[1].removeprefix("layers_"))]
-            for i in numbers:
-                hf = ".".join(("model.layers", str(i), *path[2:-1], leaf))
-                index = i if model.scan else None
-                layers[i].append(HFName(hf=hf, path=path, index=index, transpose=transpose))
-        else:
-            hf = ".".join((*path[:-1], leaf))
-            outside.append(HFName(hf=hf, path=path, transpose=transpose))
-    return [*outside, *(name for layer in layers for name in layer)]
+_LLAMA_NAMING = Naming(
+    stacks=("model.layers",),
+    base="model",
+    ties=(("lm_head.weight", "model.embed_tokens.weight"),),
+    ignored=(r"rotary_emb\.inv_freq$",),
+)
 
 
 def _llama_family(name: str) -> Family:
     return Family(
         name=name,
         model_types=(name,),
-        architectures=(KINDS[name].architecture,),
+        heads={KINDS[name].architecture: "causal-lm"},
         parse=LlamaConfig.from_hf,
         build=_build_llama,
-        hf_names=_llama_names,
+        naming=_LLAMA_NAMING,
         module=LlamaForCausalLM,
     )
 
@@ -102,31 +92,52 @@ FAMILIES: tuple[Family, ...] = tuple(_llama_family(name) for name in KINDS)
 
 
 def _known() -> str:
-    return ", ".join(f"{f.model_types[0]} ({', '.join(f.architectures)})" for f in FAMILIES)
+    return "; ".join(f"{f.model_types[0]} ({', '.join(f.heads)})" for f in FAMILIES)
 
 
 def family_of(hf_config: Mapping[str, Any]) -> Family:
-    """The family that a config.json belongs to.
+    """The family that a config.json belongs to, by its model type or else its architectures.
 
-    Raises CheckpointError listing the known ones if none does, or if the checkpoint is of another
-    architecture on the same base (a classifier, say).
+    Raises CheckpointError listing the known ones if none does.
     """
     model_type, architectures = hf_config.get("model_type"), hf_config.get("architectures") or ()
     for family in FAMILIES:
+        classes = {*family.heads, *family.bare}
         if model_type in family.model_types or (
-            model_type is None and set(architectures) & set(family.architectures)
+            model_type is None and classes & set(architectures)
         ):
-            if architectures and not set(architectures) & set(family.architectures):
-                break
             return family
+    raise CheckpointError(f"config.json: {_named(hf_config)} is not supported; known: {_known()}")
+
+
+def task_of(hf_config: Mapping[str, Any], asked: str | None = None) -> str:
+    """The task to build a checkpoint's model for: the one asked for, else the checkpoint's own.
+
+    Raises CheckpointError listing those of the family if it has no such head, or if the
+    checkpoint's own head is none of them.
+    """
+    family = family_of(hf_config)
+    task = asked if asked is not None else family.task(hf_config)
+    if task is not None and task in family.heads.values():
+        return task
+    if asked is not None:
+        raise CheckpointError(
+            f"task={asked!r} is not served by {family.name} models; accepted: "
+            f"{', '.join(family.heads.values())}"
+        )
     raise CheckpointError(
-        f"config.json: model_type={model_type!r} with architectures={list(architectures)} "
-        f"is not supported; known: {_known()}"
+        f"config.json: {_named(hf_config)} is not supported; known: {_known()}; "
+        "give task=... to take the base and put a new head on it"
     )
 
 
+def _named(hf_config: Mapping[str, Any]) -> str:
+    architectures = list(hf_config.get("architectures") or ())
+    return f"model_type={hf_config.get('model_type')!r} with architectures={architectures}"
+
+
 def family_for(model: nn.Module) -> Family:
-    """The family of a module that :func:`family_of` built; TypeError for any other module."""
+    """The family of a module that a :class:`Family` built; TypeError for any other module."""
     for family in FAMILIES:
         kind = getattr(getattr(model, "config", None), "model_type", None)
         if isinstance(model, family.module) and kind in family.model_types:

@@ -152,6 +152,7 @@ class LlamaForCausalLM(nn.Module):
     too. ``attention`` "auto" is cuDNN for half-precision calls on a GPU and XLA elsewhere.
     """
 
+    task = "causal-lm"
     config: LlamaConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32

@@ -135,7 +135,7 @@ def checkpoint(name: str) -> Checkpoint:
             weight.normal_(center, spread, generator=generator)
     written = config.to_dict() | {"architectures": [type(hf).__name__]}
     family = family_of(written)
-    model = family.build(family.parse(written), jnp.float32)
+    model = family.build(family.parse(written), dtype=jnp.float32)
     return Checkpoint(hf, written, model, params_from(hf.state_dict(), model))
 
 
