@@ -1,21 +1,18 @@
-"""Grouped-query self-attention over ``jax.nn.dot_product_attention``.
+"""Causal grouped-query attention, with or without a cache, in three implementations.
 
-Softmax is float32 in either implementation, as in transformers. cuDNN's flash attention serves
-training and scoring; calls with a cache go through XLA, whose masks cost nothing at one query and
-which takes queries at any offset from their keys.
+Softmax is float32 in each, as in transformers. cuDNN's flash attention serves training and
+scoring; calls with a cache go through XLA, whose masks cost nothing at one query and which takes
+queries at any offset from their keys. Soft-capped scores (Gemma 2) have no kernel: neither cuDNN
+nor ``jax.nn.dot_product_attention`` can cap, so they are written out for XLA, scores and all.
 """
 
-import functools
 from typing import Literal, TypeAlias
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jqlora.models.config import LlamaConfig
-from jqlora.models.masks import Attending
-from jqlora.models.projection import project
-from jqlora.models.rope import rotate
+from jqlora.errors import ConfigError
+from jqlora.models.masks import Attending, reaches
 
 Attention: TypeAlias = Literal["auto", "xla", "cudnn"]
 LayerCache: TypeAlias = tuple[jax.Array, jax.Array]
@@ -23,9 +20,18 @@ LayerCache: TypeAlias = tuple[jax.Array, jax.Array]
 
 
 def implementation(
-    attention: Attention, dtype: jnp.dtype, head_dim: int
+    attention: Attention, dtype: jnp.dtype, head_dim: int, softcap: float | None = None
 ) -> Literal["xla", "cudnn"]:
-    """ "xla" or "cudnn" for a call without cache; "auto" takes cuDNN wherever it can serve."""
+    """ "xla" or "cudnn" for a call without cache; "auto" takes cuDNN wherever it can serve.
+
+    Raises ConfigError for cuDNN with a soft cap, which it would leave out.
+    """
+    if softcap is not None:
+        if attention == "cudnn":
+            raise ConfigError(
+                f"attention='cudnn' cannot soft-cap scores (at {softcap}); accepted: auto, xla"
+            )
+        return "xla"
     if attention != "auto":
         return attention
     half = dtype in (jnp.bfloat16, jnp.float16)
@@ -33,70 +39,79 @@ def implementation(
     return "cudnn" if fits and jax.default_backend() == "gpu" else "xla"
 
 
-class SelfAttention(nn.Module):
-    """Causal grouped-query attention with rotary positions (GQA: arXiv:2305.13245)."""
+def attend(
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    attending: Attending,
+    windowed: jax.Array,
+    cache: LayerCache | None,
+    *,
+    attention: Attention,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[jax.Array, LayerCache | None]:
+    """Queries [B, T, N, H], keys and values [B, T, KV, H] -> (y [B, T, N·H], fresh).
 
-    config: LlamaConfig
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
-    attention: Attention
-
-    @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        attending: Attending,
-        windowed: jax.Array,
-        cache: LayerCache | None,
-    ) -> tuple[jax.Array, LayerCache | None]:
-        """x [B, T, D] -> (y [B, T, D], this call's keys and values [B, T, KV, H] if cached)."""
-        config = self.config
-        batch, length, _ = x.shape
-
-        through = functools.partial(
-            project,
-            initializer_range=config.initializer_range,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-        )
-
-        def heads(name: str, count: int) -> jax.Array:
-            y = through(x, count * config.head_dim, name, use_bias=config.qkv_bias)
-            return y.reshape(batch, length, count, config.head_dim)
-
-        queries = heads("q_proj", config.num_attention_heads)
-        keys = heads("k_proj", config.num_key_value_heads)
-        values = heads("v_proj", config.num_key_value_heads)
-        queries = rotate(queries, attending.cos, attending.sin)
-        keys = rotate(keys, attending.cos, attending.sin)
-
-        mask = attending.mask
-        if mask is not None and attending.windowed_mask is not None:
-            mask = jnp.where(windowed, attending.windowed_mask, mask)
-        fresh, backend = None, implementation(self.attention, queries.dtype, config.head_dim)
-        if cache is not None:
-            assert attending.slot is not None
-            fresh, backend = (keys, values), "xla"
-            start = (0, attending.slot, 0, 0)
-            keys = jax.lax.dynamic_update_slice(cache[0], keys.astype(cache[0].dtype), start)
-            values = jax.lax.dynamic_update_slice(cache[1], values.astype(cache[1].dtype), start)
-        window = attending.window
-        # XLA's gradient of a half-precision attention mixes dtypes, which a caller may have
-        # forbidden; float32 costs it nothing on a CPU. A cached call has no gradient and must not
-        # copy its cache.
-        wide = backend == "xla" and cache is None
-        inner = jnp.float32 if wide else queries.dtype
-        with jax.numpy_dtype_promotion("standard"):
+    With a ``cache`` the keys are those in it and these behind them, and ``fresh`` is these keys and
+    values; else None. Scores are multiplied by ``scale``, then capped.
+    """
+    dtype = queries.dtype
+    backend = implementation(attention, dtype, queries.shape[-1], softcap)
+    fresh = None
+    if cache is not None:
+        assert attending.slot is not None
+        fresh, backend = (keys, values), "xla"
+        start = (0, attending.slot, 0, 0)
+        keys = jax.lax.dynamic_update_slice(cache[0], keys.astype(cache[0].dtype), start)
+        values = jax.lax.dynamic_update_slice(cache[1], values.astype(cache[1].dtype), start)
+    # XLA's gradient of a half-precision attention mixes dtypes, which a caller may have
+    # forbidden; float32 costs it nothing on a CPU. A cached call has no gradient and must not
+    # copy its cache.
+    inner = jnp.float32 if backend == "xla" and cache is None else dtype
+    queries, keys, values = (x.astype(inner) for x in (queries, keys, values))
+    mask, window = attending.mask_for(windowed), attending.window
+    with jax.numpy_dtype_promotion("standard"):
+        if softcap is not None:
+            if attending.causal:
+                slots = jnp.arange(queries.shape[1], dtype=jnp.int32)
+                past = reaches(slots, slots, window=window)
+                mask = past if mask is None else mask & past
+            assert mask is not None
+            mixed = _capped(queries, keys, values, mask, scale=scale, softcap=softcap)
+        else:
             mixed = jax.nn.dot_product_attention(
-                queries.astype(inner),
-                keys.astype(inner),
-                values.astype(inner),
+                queries,
+                keys,
+                values,
                 mask=mask,  # pyright: ignore[reportArgumentType] None is its documented default
+                scale=scale,
                 is_causal=attending.causal,
                 local_window_size=None if window is None else (window - 1, 0),
                 implementation=backend,
             )
-        mixed = mixed.astype(queries.dtype)
-        mixed = mixed.reshape(batch, length, -1)
-        mixed = through(mixed, config.hidden_size, "o_proj", use_bias=config.output_bias)
-        return mixed, fresh
+    return mixed.astype(dtype).reshape(*mixed.shape[:2], -1), fresh
+
+
+def _capped(
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    mask: jax.Array,
+    *,
+    scale: float,
+    softcap: float,
+) -> jax.Array:
+    """Attention with scores ``c·tanh(s/c)`` (Gemma 2, arXiv:2408.00118, section 2).
+
+    Queries [B, T, N, H], keys and values [B, S, KV, H], mask bool [B | 1, 1, T, S]; scores and
+    softmax are float32.
+    """
+    batch, length, heads, head_dim = queries.shape
+    grouped = queries.reshape(batch, length, keys.shape[2], -1, head_dim)
+    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, keys, preferred_element_type=jnp.float32)
+    scores = softcap * jnp.tanh(scores * (scale / softcap))
+    scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    mixed = jnp.einsum("bkgts,bskh->btkgh", weights, values)
+    return mixed.reshape(batch, length, heads, head_dim)

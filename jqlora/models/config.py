@@ -1,7 +1,7 @@
 """The configuration of Llama-like decoders, read from and written to Hugging Face's config.json.
 
-One class serves Llama, Mistral and Qwen2: they differ in biases and sliding windows only, and
-``KINDS`` says how each spells them. Absent keys take transformers' defaults for that kind.
+One class serves Llama, Mistral, Qwen, Gemma and Phi-3: its switches say what each computes, and
+``KINDS`` how each spells it. Absent keys take transformers' defaults for that kind.
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from jqlora.errors import CheckpointError
-from jqlora.models.hf_keys import KINDS, Reader, read_rope, write_rope
+from jqlora.models.hf_keys import Reader
+from jqlora.models.hf_rope import read_rope, write_rope
+from jqlora.models.kinds import KINDS, kind_of
 from jqlora.models.rope import Rope
 
 Spelling = Literal["new", "old"]
@@ -21,8 +23,16 @@ class LlamaConfig:
     """Everything that determines the network; hashable, so it may be static under ``jit``.
 
     ``windowed`` says for each layer whether it attends through ``sliding_window`` (the number of
-    keys that a query sees, itself included), by default all if there is one. ``dtype`` is the
-    checkpoint's own, or None.
+    keys that a query sees, itself included), by default all if there is one; ``local_rope`` is the
+    rotary embedding of those layers where it is not ``rope``. ``dtype`` is the checkpoint's own, or
+    None.
+
+    ``fused_projections`` keeps queries, keys and values in one matrix, gate and up in another;
+    ``qk_norm`` normalizes each head's queries and keys; ``unit_offset_norms`` scales norms by
+    1 + their weight; ``sandwich_norms`` has norms behind attention and MLP too;
+    ``scaled_embedding`` multiplies the embedding by sqrt(hidden_size). Scores are divided by
+    sqrt(``query_scalar``), by default head_dim. A soft cap c turns scores or logits x into
+    c·tanh(x/c).
     """
 
     vocab_size: int
@@ -39,6 +49,15 @@ class LlamaConfig:
     hidden_act: str = "silu"
     tie_word_embeddings: bool = False
     rope: Rope = PLAIN_ROPE
+    local_rope: Rope | None = None
+    fused_projections: bool = False
+    qk_norm: bool = False
+    unit_offset_norms: bool = False
+    sandwich_norms: bool = False
+    scaled_embedding: bool = False
+    query_scalar: int | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
@@ -67,17 +86,17 @@ class LlamaConfig:
         Old: ``rope_theta``, ``rope_scaling``, ``torch_dtype``; new: ``rope_parameters``, ``dtype``.
         Raises CheckpointError naming the key, its value and what is accepted.
         """
-        read = Reader(hf)
-        kind = read.kind()
+        kind = kind_of(hf)
+        read = Reader(hf, kind.defaults)
         layers = read.positive("num_hidden_layers")
         hidden, heads = read.positive("hidden_size"), read.positive("num_attention_heads")
-        kv_heads = read.positive("num_key_value_heads", kind.kv_heads or heads)
+        kv_heads = read.positive("num_key_value_heads", heads)
         if heads % kv_heads:
             raise CheckpointError(
                 f"config.json: num_key_value_heads={kv_heads} does not divide "
                 f"num_attention_heads={heads}"
             )
-        if hf.get("head_dim") is None and hidden % heads:
+        if read.get("head_dim") is None and hidden % heads:
             raise CheckpointError(
                 f"config.json: hidden_size={hidden} is not a multiple of "
                 f"num_attention_heads={heads}; give head_dim"
@@ -85,12 +104,20 @@ class LlamaConfig:
         head_dim = read.positive("head_dim", hidden // heads)
         if head_dim % 2:
             raise CheckpointError(f"config.json: head_dim={head_dim} must be even for rotary pairs")
-        positions = read.positive("max_position_embeddings", kind.max_positions)
+        positions = read.positive("max_position_embeddings", 2048)
+        rope, local_rope = read_rope(read, kind.rope, head_dim=head_dim, max_positions=positions)
         window, windowed = kind.read_window(read, layers)
-        attention_bias = kind.has_bias_keys and read.flag("attention_bias")
-        read.require("attention_dropout", 0.0)
-        read.require("rope_interleaved", False)
-        read.require("partial_rotary_factor", 1.0)
+        biased = kind.attention_bias and read.flag("attention_bias")
+        activation = read.activation(kind.activation_keys[0])
+        if kind.tanh_gelu and activation == "gelu":
+            activation = "gelu_pytorch_tanh"
+        logit_softcap = read.above_zero("final_logit_softcapping") if kind.query_scalar else None
+        for key in ("attention_dropout", "resid_pdrop", "embd_pdrop"):
+            read.require(key, 0.0)
+        for key in ("rope_interleaved", "use_bidirectional_attention"):
+            read.require(key, False)
+        if not kind.capped_scores:
+            read.require("attn_logit_softcapping", None)
         return cls(
             model_type=kind.name,
             vocab_size=read.positive("vocab_size"),
@@ -103,18 +130,22 @@ class LlamaConfig:
             max_position_embeddings=positions,
             rms_norm_eps=read.number("rms_norm_eps", 1e-6),
             initializer_range=read.number("initializer_range", 0.02),
-            hidden_act=read.activation(),
+            hidden_act=activation,
             tie_word_embeddings=read.flag("tie_word_embeddings"),
-            rope=read_rope(hf, positions),
-            qkv_bias=kind.qkv_bias or attention_bias,
-            output_bias=attention_bias,
-            mlp_bias=kind.has_bias_keys and read.flag("mlp_bias"),
+            rope=rope,
+            local_rope=local_rope,
+            query_scalar=read.positive("query_pre_attn_scalar") if kind.query_scalar else None,
+            attention_softcap=read.above_zero("attn_logit_softcapping"),
+            logit_softcap=logit_softcap,
+            output_bias=biased,
+            mlp_bias=kind.mlp_bias and read.flag("mlp_bias"),
             sliding_window=window,
             windowed=windowed,
             bos_token_id=read.token("bos_token_id"),
             eos_token_ids=read.tokens("eos_token_id"),
             pad_token_id=read.token("pad_token_id"),
             dtype=read.dtype(),
+            **{"qkv_bias": biased, **kind.switches},
         )
 
     def to_hf(self, spelling: Spelling = "new") -> dict[str, Any]:
@@ -134,7 +165,7 @@ class LlamaConfig:
             "num_attention_heads": self.num_attention_heads,
             "num_key_value_heads": self.num_key_value_heads,
             "head_dim": self.head_dim,
-            "hidden_act": self.hidden_act,
+            **dict.fromkeys(kind.activation_keys, self.hidden_act),
             "max_position_embeddings": self.max_position_embeddings,
             "rms_norm_eps": self.rms_norm_eps,
             "initializer_range": self.initializer_range,
@@ -145,10 +176,17 @@ class LlamaConfig:
             "attention_dropout": 0.0,
             "use_cache": True,
             **kind.write_window(self.sliding_window, self.windowed),
-            **write_rope(self.rope, spelling),
+            **write_rope(self.rope, self.local_rope, spelling),
         }
-        if kind.has_bias_keys:
-            hf |= {"attention_bias": self.output_bias, "mlp_bias": self.mlp_bias}
+        if kind.attention_bias:
+            hf["attention_bias"] = self.output_bias
+        if kind.mlp_bias:
+            hf["mlp_bias"] = self.mlp_bias
+        if kind.query_scalar:
+            hf["query_pre_attn_scalar"] = self.query_scalar
+            hf["final_logit_softcapping"] = self.logit_softcap
+        if kind.capped_scores:
+            hf["attn_logit_softcapping"] = self.attention_softcap
         if self.dtype is not None:
             hf["dtype" if spelling == "new" else "torch_dtype"] = self.dtype
         return hf

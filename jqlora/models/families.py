@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jqlora.errors import CheckpointError
 from jqlora.models.config import LlamaConfig
-from jqlora.models.hf_keys import KINDS
+from jqlora.models.kinds import KINDS
 from jqlora.models.llama import LlamaForCausalLM
 from jqlora.models.names import HFName, Naming
 

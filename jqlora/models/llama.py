@@ -1,4 +1,4 @@
-"""Llama, Mistral, Qwen2 and SmolLM2: one decoder in plain Linen, its layers scanned or looped.
+"""Llama, Mistral, Qwen, Gemma and Phi-3: one decoder in plain Linen, its layers scanned or looped.
 
 Module paths are those of the Hugging Face checkpoint without the layer number. Nothing here knows
 adapters or quantization: projections are ``nn.Dense``, the embedding is ``nn.Embed``.
@@ -13,20 +13,22 @@ import jax.numpy as jnp
 
 from jqlora.errors import ConfigError
 from jqlora.models.activations import ACTIVATIONS
-from jqlora.models.attention import Attention, LayerCache, SelfAttention
+from jqlora.models.attention import Attention, LayerCache
 from jqlora.models.config import LlamaConfig
-from jqlora.models.masks import Attending
+from jqlora.models.masks import Attending, Tables
 from jqlora.models.norm import RMSNorm
 from jqlora.models.outputs import CausalLMOutput, KVCache
-from jqlora.models.preparation import append, attending_for
+from jqlora.models.preparation import append, attending_for, tokens_of
 from jqlora.models.projection import KEPT, project
+from jqlora.models.rope import Rope, rope_tables
+from jqlora.models.self_attention import SelfAttention
 
 Remat = Literal["none", "dots", "full"]
 POLICIES = {"dots": jax.checkpoint_policies.save_only_these_names(KEPT), "full": None}
 
 
 class MLP(nn.Module):
-    """``down(act(gate(x)) · up(x))`` (SwiGLU, arXiv:2002.05202)."""
+    """``down(act(gate(x)) · up(x))`` (gated linear units, arXiv:2002.05202)."""
 
     config: LlamaConfig
     dtype: Any
@@ -43,13 +45,18 @@ class MLP(nn.Module):
             dtype=self.dtype,
             param_dtype=self.param_dtype,
         )
-        gate = ACTIVATIONS[config.hidden_act](through(x, config.intermediate_size, "gate_proj"))
-        up = through(x, config.intermediate_size, "up_proj")
+        if config.fused_projections:
+            fused = through(x, 2 * config.intermediate_size, "gate_up_proj")
+            gate, up = jnp.split(fused, 2, axis=-1)
+        else:
+            gate = through(x, config.intermediate_size, "gate_proj")
+            up = through(x, config.intermediate_size, "up_proj")
+        gate = ACTIVATIONS[config.hidden_act](gate)
         return through(gate * up, config.hidden_size, "down_proj")
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP, each after a norm and added to the stream."""
+    """Attention and MLP, each after a norm and added to the stream; sandwiched, before one too."""
 
     config: LlamaConfig
     dtype: Any
@@ -58,10 +65,14 @@ class DecoderLayer(nn.Module):
 
     def setup(self) -> None:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        self.input_layernorm = RMSNorm(self.config.rms_norm_eps, **types)
+        norm = functools.partial(_norm, self.config, **types)
+        self.input_layernorm = norm()
         self.self_attn = SelfAttention(self.config, attention=self.attention, **types)
-        self.post_attention_layernorm = RMSNorm(self.config.rms_norm_eps, **types)
+        self.post_attention_layernorm = norm()
         self.mlp = MLP(self.config, **types)
+        if self.config.sandwich_norms:
+            self.pre_feedforward_layernorm = norm()
+            self.post_feedforward_layernorm = norm()
 
     def __call__(
         self,
@@ -72,9 +83,17 @@ class DecoderLayer(nn.Module):
     ) -> tuple[jax.Array, tuple[LayerCache | None, jax.Array | None]]:
         """x [B, T, D] -> (x, (fresh keys and values or None, x if hidden states are wanted))."""
         mixed, fresh = self.self_attn(self.input_layernorm(x), attending, windowed, cache)
-        x = x + mixed
-        x = x + self.mlp(self.post_attention_layernorm(x))
+        if self.config.sandwich_norms:
+            x = x + self.post_attention_layernorm(mixed)
+            x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        else:
+            x = x + mixed
+            x = x + self.mlp(self.post_attention_layernorm(x))
         return x, (fresh, x if attending.emit_hidden else None)
+
+
+def _norm(config: LlamaConfig, **types: Any) -> RMSNorm:
+    return RMSNorm(config.rms_norm_eps, unit_offset=config.unit_offset_norms, **types)
 
 
 class LlamaModel(nn.Module):
@@ -119,13 +138,16 @@ class LlamaModel(nn.Module):
                 layer(config, attention=self.attention, **types)
                 for _ in range(config.num_hidden_layers)
             ]
-        self.norm = RMSNorm(config.rms_norm_eps, **types)
+        self.norm = _norm(config, **types)
 
     def __call__(
         self, input_ids: jax.Array, attending: Attending, cache: LayerCache | None
     ) -> tuple[jax.Array, LayerCache | None, jax.Array | None]:
         """Ids [B, T] -> (normed x [B, T, D], fresh k and v [L, B, T, KV, H], hidden states)."""
-        x = embedded = self.embed_tokens(input_ids)
+        x = self.embed_tokens(input_ids)
+        if self.config.scaled_embedding:
+            x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
+        embedded = x
         windowed = jnp.asarray(self.config.windowed)
         if self.scan:
             scanned: Any = self.layers
@@ -192,27 +214,45 @@ class LlamaForCausalLM(nn.Module):
         tokens only, which are written behind the cached ones. Outputs at padding mean nothing.
         ``logits_to_keep`` asks for the logits of the last so many tokens alone, 0 for all.
         """
-        attending, segments = attending_for(
-            self.config,
+        config = self.config
+        tokens = tokens_of(
             input_ids.shape,
-            dtype=jnp.dtype(self.dtype),
             attention_mask=attention_mask,
             positions=positions,
             segment_ids=segment_ids,
             cache=cache,
+        )
+        attending = attending_for(
+            tokens,
+            cache,
+            padded=attention_mask is not None or segment_ids is not None,
+            window=config.sliding_window,
+            windowed=config.windowed,
+            tables=self._tables(config.rope, tokens.positions),
+            windowed_tables=self._tables(config.local_rope, tokens.positions),
             emit_hidden=output_hidden_states,
         )
         past = None if cache is None else (cache.keys, cache.values)
         x, fresh, hidden = self.model(input_ids, attending, past)
         x = x[:, -logits_to_keep:]  # -0 keeps all
-        if self.config.tie_word_embeddings:
+        if config.tie_word_embeddings:
             logits = self.model.embed_tokens.attend(x)
         else:
             logits = self.lm_head(x)
+        if config.logit_softcap is not None:
+            cap = jnp.asarray(config.logit_softcap, logits.dtype)
+            logits = cap * jnp.tanh(logits / cap)
         if cache is not None:
             assert fresh is not None
-            cache = append(cache, fresh, segments)
+            cache = append(cache, fresh, tokens.segment_ids)
         return CausalLMOutput(logits=logits, hidden_states=hidden, cache=cache)
+
+    def _tables(self, rope: Rope | None, positions: jax.Array) -> Tables | None:
+        if rope is None:
+            return None
+        head_dim, longest = self.config.head_dim, self.config.max_position_embeddings
+        cos, sin = rope_tables(rope, positions, head_dim=head_dim, max_positions=longest)
+        return cos.astype(self.dtype), sin.astype(self.dtype)
 
     def init_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache for ``length`` tokens (padding included) of ``batch`` rows."""

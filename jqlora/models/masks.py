@@ -5,9 +5,14 @@ A query in slot ``i`` sees a key in slot ``j`` if ``j <= i``, both carry the sam
 row is ever masked out wholly and no NaN can arise. A 0/1 attention mask is a segment id already.
 """
 
+from typing import TypeAlias
+
 import jax
 import jax.numpy as jnp
 from flax import struct
+
+Tables: TypeAlias = tuple[jax.Array, jax.Array]
+"""Cosines and sines [B | 1, T, rotated] in the compute dtype."""
 
 
 @struct.dataclass
@@ -15,17 +20,33 @@ class Attending:
     """What every layer of one call shares.
 
     ``mask`` leaves out what ``causal`` and ``window`` state statically, because an attention kernel
-    skips work for those. ``windowed_mask`` is set only where layers of both sorts are mixed.
+    skips work for those. ``windowed_mask`` is set only where layers of both sorts are mixed,
+    ``tables`` where positions are rotary, ``windowed_tables`` where windowed layers turn by tables
+    of their own.
     """
 
-    cos: jax.Array  # [B | 1, T, head_dim] in the compute dtype
-    sin: jax.Array
+    tables: Tables | None
+    windowed_tables: Tables | None
     mask: jax.Array | None  # bool [B | 1, 1, T, S]
     windowed_mask: jax.Array | None  # bool [B | 1, 1, T, S]
     slot: jax.Array | None  # int32 []: where the cache is written; None without a cache
     causal: bool = struct.field(pytree_node=False)
     window: int | None = struct.field(pytree_node=False)
     emit_hidden: bool = struct.field(pytree_node=False)
+
+    def mask_for(self, windowed: jax.Array) -> jax.Array | None:
+        """The mask of a layer; ``windowed`` is a bool scalar."""
+        if self.mask is None or self.windowed_mask is None:
+            return self.mask
+        return jnp.where(windowed, self.windowed_mask, self.mask)
+
+    def tables_for(self, windowed: jax.Array) -> Tables:
+        """Cosines and sines of a layer."""
+        assert self.tables is not None
+        if self.windowed_tables is None:
+            return self.tables
+        (cos, sin), (own_cos, own_sin) = self.tables, self.windowed_tables
+        return jnp.where(windowed, own_cos, cos), jnp.where(windowed, own_sin, sin)
 
 
 def default_positions(

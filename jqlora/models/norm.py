@@ -11,17 +11,23 @@ class RMSNorm(nn.Module):
     """``scale · x / sqrt(mean(x²) + eps)`` over the last axis (arXiv:1910.07467, equation 4).
 
     Statistics and quotient are float32; the quotient is rounded to ``dtype`` *before* the scale is
-    applied, as Hugging Face does, which ``nn.RMSNorm`` does the other way round.
+    applied, as Hugging Face does, which ``nn.RMSNorm`` does the other way round. With
+    ``unit_offset`` the factor is 1 + scale, and the product is rounded instead (Gemma).
     """
 
     eps: float
     dtype: Any
     param_dtype: Any
+    unit_offset: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        init = nn.initializers.zeros if self.unit_offset else nn.initializers.ones
+        scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
+        scale = scale.reshape((1,) * (x.ndim - 1) + (-1,))
         wide = x.astype(jnp.float32)
         mean = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        normal = (wide * jax.lax.rsqrt(mean + self.eps)).astype(self.dtype)
-        return normal * scale.astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+        normal = wide * jax.lax.rsqrt(mean + self.eps)
+        if self.unit_offset:
+            return (normal * (1 + scale.astype(jnp.float32))).astype(self.dtype)
+        return normal.astype(self.dtype) * scale.astype(self.dtype)

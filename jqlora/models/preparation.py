@@ -1,82 +1,91 @@
 """What a call must know before its first layer: positions, rotary tables and masks."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from jqlora.models.attention import LayerCache
-from jqlora.models.config import LlamaConfig
-from jqlora.models.masks import Attending, default_positions, reaches, same_segment
+from jqlora.models.masks import Attending, Tables, default_positions, reaches, same_segment
 from jqlora.models.outputs import KVCache
-from jqlora.models.rope import rope_tables
 
 
-def attending_for(
-    config: LlamaConfig,
+class Tokens(NamedTuple):
+    """Where the tokens of a call stand; both int32 [B, T]."""
+
+    positions: jax.Array
+    segment_ids: jax.Array  # all 1 where neither mask nor segments are given; 0 is padding
+
+
+def tokens_of(
     shape: tuple[int, ...],
     *,
-    dtype: jnp.dtype,
     attention_mask: jax.Array | None,
     positions: jax.Array | None,
     segment_ids: jax.Array | None,
     cache: KVCache | None,
-    emit_hidden: bool,
-) -> tuple[Attending, jax.Array]:
-    """What the layers share, and these tokens' segment ids int32 [B, T] (all 1 if not given).
+) -> Tokens:
+    """Positions and segments of tokens [B, T] from what the caller gave.
 
     Raises ValueError where ``segment_ids`` and a cache are combined without ``positions``: whose
     continuation a segment is cannot be known.
     """
-    batch, length = shape
     if positions is None and cache is not None and segment_ids is not None:
         raise ValueError("segment_ids with a cache need explicit positions")
-    past = None if cache is None else jnp.sum(cache.segment_ids > 0, axis=1, dtype=jnp.int32)
     if positions is None:
+        past = None if cache is None else jnp.sum(cache.segment_ids > 0, axis=1, dtype=jnp.int32)
         positions = default_positions(
-            batch, length, attention_mask=attention_mask, segment_ids=segment_ids, past=past
+            *shape, attention_mask=attention_mask, segment_ids=segment_ids, past=past
         )
-    segments = _segments(shape, attention_mask, segment_ids)
-    cos, sin = rope_tables(
-        config.rope,
-        positions,
-        head_dim=config.head_dim,
-        max_positions=config.max_position_embeddings,
-    )
-    uniform = all(config.windowed) or not any(config.windowed)
-    window = config.sliding_window
+    segments = jnp.ones(shape, jnp.int32) if segment_ids is None else segment_ids
+    if attention_mask is not None:
+        segments = jnp.where(attention_mask.astype(bool), segments, 0)
+    return Tokens(positions, segments)
+
+
+def attending_for(
+    tokens: Tokens,
+    cache: KVCache | None,
+    *,
+    padded: bool,
+    window: int | None,
+    windowed: tuple[bool, ...],
+    tables: Tables | None = None,
+    windowed_tables: Tables | None = None,
+    emit_hidden: bool,
+) -> Attending:
+    """What the layers share; ``padded`` says that a mask or segments were given.
+
+    ``windowed`` says for each layer whether it attends through ``window``.
+    """
+    length = tokens.segment_ids.shape[1]
+    uniform = all(windowed) or not any(windowed)
+    window = window if any(windowed) else None
     mask = windowed_mask = None
     if cache is not None:
         slots = cache.length + jnp.arange(length, dtype=jnp.int32)
         every = jnp.arange(cache.segment_ids.shape[1], dtype=jnp.int32)
-        known = jax.lax.dynamic_update_slice(cache.segment_ids, segments, (0, cache.length))
-        same = same_segment(segments, known)
+        start = (0, cache.length)
+        known = jax.lax.dynamic_update_slice(cache.segment_ids, tokens.segment_ids, start)
+        same = same_segment(tokens.segment_ids, known)
         mask = same & reaches(slots, every, window=window if uniform else None)
         windowed_mask = None if uniform else same & reaches(slots, every, window=window)
     else:
-        if attention_mask is not None or segment_ids is not None:
-            mask = same_segment(segments, segments)
+        if padded:
+            mask = same_segment(tokens.segment_ids, tokens.segment_ids)
         if not uniform:
             slots = jnp.arange(length, dtype=jnp.int32)
             mask = mask if mask is not None else jnp.ones((1, 1, length, length), bool)
             windowed_mask = mask & reaches(slots, slots, window=window)
-    attending = Attending(
-        cos=cos.astype(dtype),
-        sin=sin.astype(dtype),
+    return Attending(
+        tables=tables,
+        windowed_tables=windowed_tables,
         mask=mask,
         windowed_mask=windowed_mask,
         slot=None if cache is None else cache.length,
         causal=cache is None,
         window=window if uniform and cache is None else None,
         emit_hidden=emit_hidden,
-    )
-    return attending, segments
-
-
-def _segments(
-    shape: tuple[int, ...], attention_mask: jax.Array | None, segment_ids: jax.Array | None
-) -> jax.Array:
-    segments = jnp.ones(shape, jnp.int32) if segment_ids is None else segment_ids
-    return (
-        segments if attention_mask is None else jnp.where(attention_mask.astype(bool), segments, 0)
     )
 
 

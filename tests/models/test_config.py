@@ -11,6 +11,7 @@ from jqlora.models import (
     family_of,
     task_of,
 )
+from jqlora.models.kinds import KINDS
 from tests.models.variants import LLAMA3, ROWS, TINY, YARN
 
 every_variant = pytest.mark.parametrize("name", ROWS)
@@ -80,20 +81,46 @@ def test_both_spellings_of_the_dtype_are_read():
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("model_type", KINDS)
 def test_absent_keys_take_the_defaults_of_transformers(model_type):
     transformers = pytest.importorskip("transformers")
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
     kept = {key: TINY[key] for key in sizes} | {"model_type": model_type}
     kept |= {"num_attention_heads": 32, "hidden_size": 64, "eos_token_id": 2, "bos_token_id": 1}
-    kept |= {"use_sliding_window": True} if model_type == "qwen2" else {}
+    kept |= {"pad_token_id": 0}
+    kept |= {"use_sliding_window": True} if model_type in ("qwen2", "qwen3") else {}
     theirs = transformers.AutoConfig.for_model(**kept).to_dict()
     assert LlamaConfig.from_hf(kept) == LlamaConfig.from_hf(theirs)
 
 
 REFUSED = [
     ({"hidden_act": "quick_gelu"}, r"hidden_act='quick_gelu'.*silu"),
-    ({"rope_scaling": {"type": "longrope", "factor": 2}}, r"rope_type.*'longrope'.*llama3"),
+    ({"rope_scaling": {"type": "su", "factor": 2}}, r"rope_type.*'su'.*llama3"),
+    ({"rope_scaling": {"type": "longrope", "factor": 2}}, r"longrope.*lacks 'short_factor'"),
+    (
+        {
+            "model_type": "phi3",
+            "rope_scaling": {"type": "longrope", "short_factor": [1], "long_factor": [1]},
+        },
+        r"short_factor.*\[1\].*4 numbers",
+    ),
+    ({"model_type": "phi3", "partial_rotary_factor": 1.5}, r"partial_rotary_factor=1.5.*at most 1"),
+    (
+        {
+            "model_type": "gemma3_text",
+            "rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}},
+        },
+        r"sliding_attention.*'linear'.*default",
+    ),
+    (
+        {"model_type": "gemma3_text", "attn_logit_softcapping": 50.0},
+        r"attn_logit_softcapping=50.0.*None",
+    ),
+    (
+        {"model_type": "gemma2", "use_bidirectional_attention": True},
+        r"use_bidirectional_attention=True.*False",
+    ),
+    ({"model_type": "gemma2", "final_logit_softcapping": 0}, r"final_logit_softcapping=0.*above 0"),
     ({"rope_scaling": {"rope_type": "linear"}}, r"linear.*lacks 'factor'"),
     ({"rope_scaling": {"rope_type": "linear", "factor": 2, "twist": 1}}, r"'twist'.*factor"),
     ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "one set of rotary"),

@@ -15,6 +15,8 @@ from tests.models import variants  # noqa: E402
 pytestmark = pytest.mark.parity
 every_variant = pytest.mark.parametrize("name", variants.ROWS)
 LIMIT = 1e-4  # of the logits' range, in float32
+# where the frequencies of a whole batch follow its longest sequence, once that is longer than this
+SWITCH = {"llama_dynamic_rope": 8, "phi3_longrope": 10}
 
 
 BATCH, LENGTH = 3, 14  # one shape for all, so that each way of calling compiles once
@@ -80,8 +82,8 @@ def test_packed_sequences_do_not_see_each_other(name):
     for row, segment in ((0, 1), (0, 2), (0, 3), (1, 4), (2, 1)):
         inside = segments[row] == segment
         theirs = variants.hf_run(fresh_rope(checkpoint.hf), ids[row : row + 1, inside])
-        if name == "llama_dynamic_rope" and inside.sum() < LENGTH:
-            continue  # one set of frequencies serves the whole batch: that of its longest sequence
+        if name in SWITCH and inside.sum() < LENGTH:
+            continue
         assert variants.gap(packed[row, inside], theirs.logits[0]) < LIMIT
 
 
@@ -101,8 +103,8 @@ def test_changing_one_packed_sequence_leaves_its_neighbours_bit_identical(name):
 def test_decoding_with_a_cache_equals_the_whole_sequence(name):
     checkpoint = variants.checkpoint(name)
     ids, mask = variants.ids(BATCH, LENGTH), left_padded([LENGTH, 11, 7], LENGTH)
-    if name == "llama_dynamic_rope":  # beyond its first 8 the frequencies change as it grows
-        mask = left_padded([8, 7, 5], LENGTH)
+    if name in SWITCH:  # keys in the cache would keep the frequencies of a shorter sequence
+        mask = left_padded([SWITCH[name], 7, 5], LENGTH)
     whole = np.asarray(run(checkpoint, ids, attention_mask=mask).logits)
     cache = checkpoint.model.init_cache(BATCH, LENGTH + 3)
     parts = []

@@ -5,9 +5,16 @@ import numpy as np
 import pytest
 
 from jqlora.models import LlamaConfig
-from jqlora.models.rope import SCALINGS, rope_tables, rotate
+from jqlora.models.rope import SCALINGS, Rope, rope_tables, rotate
 from tests.models.variants import LLAMA3, TINY, YARN
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.02, 1.1, 1.2, 1.3, 1.5, 2.0, 2.5],
+    "long_factor": [1.0, 1.1, 1.5, 2.5, 4.0, 8.0, 16.0, 30.0],
+    "original_max_position_embeddings": 50,
+}
 SETTINGS = {
     "default": {"rope_type": "default", "rope_theta": 500000.0},
     "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5},
@@ -18,6 +25,9 @@ SETTINGS = {
     "yarn_by_lengths": {k: v for k, v in YARN.items() if k != "factor"} | {"factor": None},
     "yarn_attention_factor": YARN | {"attention_factor": 0.7},
     "yarn_magnitudes": YARN | {"mscale": 0.9, "mscale_all_dim": 0.6},
+    "longrope": LONGROPE,
+    "longrope_by_factor": LONGROPE | {"factor": 3.0},
+    "longrope_attention_factor": LONGROPE | {"attention_factor": 0.7},
     "yarn_narrow": YARN | {"beta_fast": 8.0, "beta_slow": 2.0, "truncate": False},
 }
 
@@ -70,6 +80,19 @@ def test_rotated_products_depend_on_distance_alone(name, getkey):
 
     assert product(7, 3) == pytest.approx(product(27, 23), rel=1e-4)
     assert product(7, 3) != pytest.approx(product(7, 4), rel=1e-2)
+
+
+def test_the_rest_of_a_partly_rotated_head_passes_unchanged(getkey):
+    import jax
+
+    x = jax.random.normal(getkey(), (1, 4, 2, 16))
+    rope = Rope(partial=0.75)
+    positions = jnp.arange(4, dtype=jnp.int32)[None]
+    cos, sin = rope_tables(rope, positions, head_dim=16, max_positions=64)
+    whole = rope_tables(Rope(), positions, head_dim=12, max_positions=64)
+    turned = rotate(x, cos, sin)
+    np.testing.assert_array_equal(turned[..., 12:], x[..., 12:])
+    np.testing.assert_array_equal(turned[..., :12], rotate(x[..., :12], *whole))
 
 
 def test_dynamic_models_serve_sequences_beyond_their_training():
