@@ -2,11 +2,9 @@
 
 Around any optimizer, for the whole model at once, after every update:
 
-1. sensitivity of each entry w of P, Λ and Q: I = |w · ∂L/∂w| (eq. 8), L with its penalty;
-2. Ī ← β1 Ī + (1 - β1) I and Ū ← β2 Ū + (1 - β2) |I - Ī|, from zero, uncorrected (eqs. 9, 10);
-3. score of a triplet: s(λ) + mean of s over its column of P + mean over its row of Q, s = Ī Ū
-   (eqs. 7, 11);
-4. when the schedule (:mod:`jqlora.optim.budget`) says so, the budget's best triplets of all layers
+1. the sensitivity of every entry of P, Λ and Q, with L including its penalty, is followed by two
+   means, and from these a triplet gets its score (:mod:`jqlora.optim.sensitivity`);
+2. when the schedule (:mod:`jqlora.optim.budget`) says so, the budget's best triplets of all layers
    and modules are kept, and the λ of every other is set to zero through the update.
 
 A pruned λ is still trained between two such steps, so that a triplet may return. From update
@@ -29,6 +27,10 @@ from jqlora.errors import ConfigError
 from jqlora.methods import AdaLoRA, Placement, Plan
 from jqlora.methods.adalora import METHOD, ranks, used
 from jqlora.optim.budget import Budget
+from jqlora.optim.offload import Offload
+from jqlora.optim.offload import offload as offloaded
+from jqlora.optim.residence import mark
+from jqlora.optim.sensitivity import Sensitivity, sensitivity, triplet_scores
 from jqlora.tree import flatten, unflatten
 from jqlora.types import Path, PyTree
 
@@ -59,7 +61,8 @@ CONVENTIONS = {
 
 class AdaLoRAState(NamedTuple):
     """Of :func:`adalora`. ``importance`` (Ī) and ``uncertainty`` (Ū) are shaped like the collection
-    ``adalora``; ``kept`` holds booleans ``[*lead, 1, R]`` by module; ``budget`` is b(t), int32."""
+    ``adalora``; ``kept`` holds booleans ``[*lead, 1, R]`` by module; ``budget`` is b(t), int32;
+    ``places`` is a :func:`~jqlora.optim.residence.mark`."""
 
     inner: PyTree
     count: jax.Array
@@ -67,6 +70,7 @@ class AdaLoRAState(NamedTuple):
     uncertainty: PyTree
     kept: PyTree
     budget: jax.Array
+    places: PyTree
 
 
 def adalora(
@@ -80,6 +84,7 @@ def adalora(
     target_total_rank: int | None = None,
     betas: tuple[float, float] = (0.85, 0.85),
     convention: str = "peft",
+    offload: Offload = "none",
 ) -> optax.GradientTransformationExtraArgs:
     """``inner``, and AdaLoRA's allocation of ranks to the modules of ``plan`` after each update.
 
@@ -87,12 +92,15 @@ def adalora(
     updates; PEFT's ``tinit``, ``tfinal`` and ``deltaT``, with ``global_step`` the number of updates
     made. The triplets left at the end are the specs' ``target_rank`` times their modules, or
     ``target_total_rank``. ``convention`` is ``"paper"`` or ``"peft"`` (:class:`Convention`).
+    ``offload`` says of Ī and Ū what ``jq.optim.adamw``'s says of its moments, which are ``inner``'s
+    own affair.
 
     Sensitivities are taken from the gradients that this transformation is given. PEFT sees them
     clipped: for the same, clip in front of it and not inside ``inner``. Collections other than
     ``adalora`` pass through to ``inner``.
 
-    Raises :class:`ConfigError` for a plan without AdaLoRA and for a schedule that cannot be.
+    Raises :class:`ConfigError` for a plan without AdaLoRA, for a schedule that cannot be, and in
+    ``init`` for adapters that are not the whole plan's.
 
     >>> tx = adalora(optax.adamw(1e-3), plan, total_steps=1000, initial_steps=100,
     ...              final_steps=300)                                        # doctest: +SKIP
@@ -115,19 +123,24 @@ def adalora(
         interval=interval,
     )
     real = {p.site.path: used(p)[..., None, :] for p in placements}
+    followed = sensitivity(betas)
+    if offload != "none":
+        followed = offloaded(followed)
     steps = range(total_steps + 1)
     budgets = np.asarray([budget.after(t) for t in steps], np.int32)
     choosing = np.asarray([budget.chooses(t) for t in steps])
 
     def init(params: Any) -> AdaLoRAState:
-        zeros = jax.tree.map(jnp.zeros_like, params[COLLECTION])
+        _check_whole(params, real)
+        means: Any = followed.init(params[COLLECTION])
         return AdaLoRAState(
             inner=inner.init(params),
             count=jnp.zeros((), jnp.int32),
-            importance=zeros,
-            uncertainty=jax.tree.map(jnp.copy, zeros),
+            importance=means.importance,
+            uncertainty=means.uncertainty,
             kept=_tree({path: jnp.asarray(there) for path, there in real.items()}),
             budget=jnp.asarray(budgets[0]),
+            places=mark(open=offload == "auto"),
         )
 
     def update(
@@ -147,10 +160,11 @@ def adalora(
         smooth = jnp.asarray(True)
         if rule.importance_freezes:
             smooth = count < budget.frozen_from
-        importance, uncertainty = _smoothed(state, weights, gradients[COLLECTION], betas, smooth)
+        means: Any = Sensitivity(state.importance, state.uncertainty)
+        entries, means = followed.update(gradients[COLLECTION], means, weights, smooth=smooth)
+        scores = triplet_scores(entries)
 
         def choose() -> PyTree:
-            scores = triplet_scores(importance, uncertainty)
             return _tree(_best(scores, real, allowed, ties_are_pruned=rule.ties_are_pruned))
 
         chosen = jax.lax.cond(chooses, choose, lambda: state.kept)
@@ -159,7 +173,15 @@ def adalora(
         for path, kept in _flat(chosen).items():
             lam = (COLLECTION, *path, "lam")
             changed[lam] = jnp.where(pruning & ~kept, -current[lam], changed[lam])
-        after = AdaLoRAState(inner_state, count, importance, uncertainty, chosen, allowed)
+        after = AdaLoRAState(
+            inner=inner_state,
+            count=count,
+            importance=means.importance,
+            uncertainty=means.uncertainty,
+            kept=chosen,
+            budget=allowed,
+            places=state.places,
+        )
         return unflatten(changed), after
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -181,24 +203,19 @@ def budget_of(plan: Plan, *, target_total_rank: int | None = None, **schedule: i
     )
 
 
-def triplet_scores(importance: PyTree, uncertainty: PyTree) -> Flat:
-    """Score of every triplet by module, ``[*lead, 1, R]``."""
-    entry = flatten(jax.tree.map(jnp.multiply, importance, uncertainty))
-    return {
-        path[:-1]: lam
-        + (
-            entry[(*path[:-1], "p")].mean(-2, keepdims=True)
-            + entry[(*path[:-1], "q")].mean(-1)[..., None, :]
-        )
-        for path, lam in entry.items()
-        if path[-1] == "lam"
-    }
-
-
 def allocation_of(opt_state: PyTree) -> AdaLoRAState | None:
     """The state of :func:`adalora` within an optimizer's; None where there is none."""
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, AdaLoRAState))
     return next((node for node in nodes if isinstance(node, AdaLoRAState)), None)
+
+
+def scores_by_module(state: AdaLoRAState) -> dict[Path, Any]:
+    """Scores of a concrete state's triplets by module, ``[*lead, 1, R]``, wherever it lives."""
+    return triplet_scores(
+        jax.tree.map(
+            lambda i, u: np.asarray(i) * np.asarray(u), state.importance, state.uncertainty
+        )
+    )
 
 
 def kept_by_module(state: AdaLoRAState) -> Flat:
@@ -206,24 +223,17 @@ def kept_by_module(state: AdaLoRAState) -> Flat:
     return _flat(state.kept)
 
 
-def _smoothed(
-    state: AdaLoRAState,
-    weights: PyTree,
-    gradients: PyTree,
-    betas: tuple[float, float],
-    smooth: jax.Array,
-) -> tuple[PyTree, PyTree]:
-    """Ī and Ū after this update; as they were where ``smooth`` is false."""
-
-    def importance(old: jax.Array, w: jax.Array, g: jax.Array) -> jax.Array:
-        return jnp.where(smooth, betas[0] * old + (1 - betas[0]) * jnp.abs(w * g), old)
-
-    def uncertainty(old: jax.Array, mean: jax.Array, w: jax.Array, g: jax.Array) -> jax.Array:
-        away = jnp.abs(jnp.abs(w * g) - mean)
-        return jnp.where(smooth, betas[1] * old + (1 - betas[1]) * away, old)
-
-    means = jax.tree.map(importance, state.importance, weights, gradients)
-    return means, jax.tree.map(uncertainty, state.uncertainty, means, weights, gradients)
+def _check_whole(params: Any, real: Mapping[Path, np.ndarray]) -> None:
+    """Raise where not every module is there as it was planned."""
+    flat = flatten(params)
+    for path, there in real.items():
+        p, lam, q = (flat.get((COLLECTION, *path, name)) for name in ("p", "lam", "q"))
+        if p is None or q is None or lam is None or lam.shape != there.shape:
+            raise ConfigError(
+                "optim.adalora chooses among all triplets at once, but was not given those of "
+                f"'{'.'.join(path)}' as planned: put offload, masks and partitions inside it, not "
+                "around it (its own state goes to the host with optim.adalora(..., offload=...))"
+            )
 
 
 def _best(

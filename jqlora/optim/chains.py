@@ -9,7 +9,7 @@ import optax
 
 from jqlora.optim.eight_bit import Bits, eight_bit
 from jqlora.optim.offload import DEVICE, HOST, Offload, offload
-from jqlora.optim.residence import undecided
+from jqlora.optim.residence import marked
 from jqlora.tree import flatten, unflatten
 from jqlora.types import Adapters, PyTree
 
@@ -133,6 +133,5 @@ def _chain(
     if weight_decay:
         links.append(optax.add_decayed_weights(weight_decay, mask=decayed))
     links.append(optax.scale_by_learning_rate(learning_rate))
-    if where == "auto":
-        links.append(undecided())
+    links.append(marked(open=where == "auto"))
     return optax.chain(*links)

@@ -11,7 +11,7 @@ from jqlora.types import PyTree
 
 
 class Undecided(NamedTuple):
-    """Part of an optimizer state of which nobody has decided yet what stays on the device."""
+    """Marks an optimizer state of which nobody has decided yet what stays on the device."""
 
 
 class Decided(NamedTuple):
@@ -26,10 +26,19 @@ class Residence:
     host: int
 
 
-def undecided() -> optax.GradientTransformationExtraArgs:
-    """Marks a chain whose state the training step places at its first call; updates nothing."""
+def mark(*, open: bool) -> PyTree:
+    """What a state carries to say whether the training step is to place it at its first call.
+
+    It is there in either case: the tree of a checkpoint must not depend on where arrays lived.
+    """
+    return Undecided() if open else Decided()
+
+
+def marked(*, open: bool) -> optax.GradientTransformationExtraArgs:
+    """A link of a chain with nothing but a :func:`mark` of it; updates nothing."""
     return optax.GradientTransformationExtraArgs(
-        lambda params: Undecided(), lambda updates, state, params=None, **extra: (updates, state)
+        lambda params: mark(open=open),
+        lambda updates, state, params=None, **extra: (updates, state),
     )
 
 

@@ -100,7 +100,8 @@ def optimizer_of(config: RunConfig, plan: Plan, total_steps: int) -> optax.Gradi
     if not isinstance(method, AdaLoRAConfig):
         return optimizer(train, total_steps)
     ranks = rank_schedule(method, total_steps)
-    ranks |= {"betas": method.betas, "convention": method.convention}
+    ranks |= {name: getattr(method, name) for name in ("betas", "convention")}
+    ranks["offload"] = train.offload
     if method.convention == "paper" or train.max_grad_norm is None:
         return optim.adalora(optimizer(train, total_steps), plan, **ranks)
     unclipped = dataclasses.replace(train, max_grad_norm=None)

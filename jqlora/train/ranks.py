@@ -3,7 +3,7 @@
     {"init_rank": 12, "modules": {"model.layers.0.self_attn.q_proj":
         {"kept": [true, false, ...], "scores": [1.2e-9, ...]}, ...}}
 
-Scores are those of the last choice (:func:`jqlora.optim.adalora.triplet_scores`).
+Scores are those of the last update (:mod:`jqlora.optim.sensitivity`).
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jqlora.methods import Plan
-from jqlora.optim.adalora import allocated, allocation_of, kept_by_module, triplet_scores
+from jqlora.optim.adalora import allocated, allocation_of, kept_by_module, scores_by_module
 from jqlora.types import PyTree
 
 
@@ -20,7 +20,7 @@ def rank_record(plan: Plan, opt_state: PyTree) -> dict[str, Any] | None:
     state, placements = allocation_of(opt_state), allocated(plan)
     if state is None or not placements:
         return None
-    kept, scores = kept_by_module(state), triplet_scores(state.importance, state.uncertainty)
+    kept, scores = kept_by_module(state), scores_by_module(state)
     modules = {}
     for placement in placements:
         site = placement.site

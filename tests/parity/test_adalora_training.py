@@ -21,7 +21,7 @@ from jqlora import optim
 from jqlora.attach import bind, plan
 from jqlora.io import load
 from jqlora.methods import AdaLoRA
-from jqlora.optim.adalora import allocation_of, kept_by_module, triplet_scores
+from jqlora.optim.adalora import allocation_of, kept_by_module, scores_by_module
 from jqlora.train import TrainState, causal_lm_loss, make_train_step
 from jqlora.tree import unflatten
 from tests.parity import toy_encoder
@@ -117,8 +117,7 @@ def train_ours(model, params, adapters, plan, batches, loss):
         state, metrics = step(state, params, batches[number % len(batches)])
         trace.losses.append(float(metrics["loss"]) + float(metrics["penalty"]))
         allocation = allocation_of(state.opt_state)
-        scores = triplet_scores(allocation.importance, allocation.uncertainty)
-        trace.scores.append(by_name(plan, scores))
+        trace.scores.append(by_name(plan, scores_by_module(allocation)))
         trace.kept.append(by_name(plan, kept_by_module(allocation)))
     assert step._cache_size() == 1
     return trace, state
