@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from jqlora.errors import RunError, SaveError
@@ -64,8 +65,10 @@ class Checkpoints:
     def restore_latest(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest sound checkpoint, as ``(state, loader position)``; None where there is none.
 
-        ``like`` gives the tree, shapes, dtypes and shardings. Raises RunError when a sound
-        checkpoint holds another tree: then it belongs to another configuration.
+        ``like`` gives the tree, shapes, dtypes, shardings and memories; where arrays lived in the
+        run that saved them does not matter, so an optimizer's ``offload`` may be another now.
+        Raises RunError when a sound checkpoint holds another tree: then it belongs to another
+        configuration.
         """
         for step in reversed(self.steps()):
             path = self._path(step)
@@ -90,7 +93,7 @@ def _write_state(path: Path, state: TrainState) -> None:
 
 
 def _read_state(path: Path, like: TrainState) -> TrainState:
-    template = jax.tree.map(_on_device, like)
+    template = jax.tree.map(_asked_for, like)
     with ocp.StandardCheckpointer() as checkpointer:
         try:
             restored = checkpointer.restore(path.absolute(), template)
@@ -104,13 +107,12 @@ def _read_state(path: Path, like: TrainState) -> TrainState:
     )
 
 
-def _on_device(leaf: Any) -> Any:
-    """What orbax is asked for. It does not restore into another memory than was saved from."""
-    wanted = ocp.utils.to_shape_dtype_struct(leaf)
-    if not on_host(leaf):
-        return wanted
-    sharding = leaf.sharding.with_memory_kind("device")
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+def _asked_for(leaf: Any) -> Any:
+    """What orbax is to restore a leaf as. As it does not restore into another memory than was saved
+    from, what belongs on the host is asked for as numpy: the device may have no room for it."""
+    if on_host(leaf):
+        return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
+    return ocp.utils.to_shape_dtype_struct(leaf)
 
 
 def _digests(folder: Path) -> dict[str, str]:

@@ -12,6 +12,7 @@ import pytest
 
 from jqlora import optim
 from jqlora.errors import RunError, SaveError
+from jqlora.optim.residence import decided, residence
 from jqlora.train import TrainState
 from jqlora.train.checkpoint import Checkpoints
 from tests.train import toy
@@ -52,6 +53,35 @@ def test_a_state_returns_bit_for_bit_with_its_key_and_loader(checkpoints):
     assert restored is not None
     assert_identical(restored[0], state)
     assert restored[1] == {"grain": {"next": 8}}
+
+
+OFFLOADS = ("none", "auto", "all")
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+@pytest.mark.parametrize("saved", OFFLOADS)
+def test_a_state_is_restored_into_the_memory_that_is_asked_for(saved, bits, checkpoints):
+    random = np.random.default_rng(0)
+    adapters = {"lora": {"head": {"a": jnp.zeros((400, 256)), "b": jnp.zeros((4, 11))}}}
+
+    def create(offload):
+        tx = optim.adamw(1e-3, bits=bits, offload=offload)
+        return TrainState.create(adapters, tx, jax.random.key(0))
+
+    def filled(leaf):
+        values = random.integers(0, 256, leaf.shape).astype(leaf.dtype)
+        return jax.device_put(values, leaf.sharding)
+
+    state = create(saved)
+    state = state.replace(opt_state=jax.tree.map(filled, decided(state.opt_state)))
+    checkpoints.save(state, {})
+    for asked in OFFLOADS:
+        like = create(asked)
+        restored, _ = checkpoints.restore_latest(like)
+        assert jax.tree.structure(restored) == jax.tree.structure(like)
+        assert_identical(jax.tree.leaves(restored), jax.tree.leaves(state))
+        assert residence(restored.opt_state) == residence(like.opt_state)
+        assert (residence(restored.opt_state).host == 0) == (asked == "none")
 
 
 def test_nothing_saved_is_nothing_restored(checkpoints):
