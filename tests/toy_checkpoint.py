@@ -38,8 +38,9 @@ def toy_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def write_model(folder: Path) -> Path:
-    """A Hugging Face directory with a random two-layer Llama of width 64."""
+def write_model(folder: Path, **sizes: int) -> Path:
+    """A Hugging Face directory with a random two-layer Llama of width 64; ``sizes`` are other
+    values of its config."""
     tokenizer = toy_tokenizer()
     config = {
         "model_type": "llama",
@@ -57,7 +58,7 @@ def write_model(folder: Path) -> Path:
         "tie_word_embeddings": True,
         "eos_token_id": 0,
         "bos_token_id": 0,
-    }
+    } | sizes
     family = family_of(config)
     model = family.build(family.parse(config))
     random = np.random.default_rng(0)
