@@ -29,8 +29,6 @@ def with_layout(q: QTensor, layout: str) -> QTensor:
         check_layout(layout, inputs)
     except ValueError as error:
         raise ConfigError(f"kernel {q.shape}: {error}") from error
-    if layout != BITSANDBYTES and SCHEMES[q.scheme].codes_per_byte != 2:
-        raise ConfigError(f"kernel {q.shape}: {layout=} is for codes of 4 bits, not {q.scheme}")
     if layout != BITSANDBYTES and inputs % q.block:
         raise ConfigError(
             f"kernel {q.shape}: {layout=} needs rows that end with a block of {q.block}"
@@ -39,10 +37,11 @@ def with_layout(q: QTensor, layout: str) -> QTensor:
         return q
     if isinstance(q.codes, jax.ShapeDtypeStruct):
         return dataclasses.replace(q, layout=layout)
-    return dataclasses.replace(q, codes=_repack(q.codes, q.layout, layout), layout=layout)
+    parts = SCHEMES[q.scheme].codes_per_byte
+    return dataclasses.replace(q, codes=_repack(q.codes, q.layout, layout, parts), layout=layout)
 
 
-_repack = jax.jit(repack, static_argnums=(1, 2))
+_repack = jax.jit(repack, static_argnums=(1, 2, 3))
 
 
 def params_with_layout(params: Params, layout: str) -> dict[str, Any]:

@@ -1,23 +1,13 @@
-"""What the Pallas-Mosaic kernels share: decoding one tile of codes in registers.
+"""What the Pallas-Mosaic kernels share: what they serve, their operands, one tile of weights.
 
-Two things have no Pallas primitive and are written against Mosaic itself, each with a plain
-counterpart that the interpreter can run: looking a nibble up in a table that lies in registers
-(``prmt`` picks bytes of a register pair by four selectors at once), and reading single elements of
-an array in global memory (``gather``). All arithmetic around them is ordinary ``jax.numpy``.
-
-A codebook entry is an fp32 number, four bytes. The table therefore has four planes, byte b of all
-16 entries, four words each. Of a plane, ``prmt`` fetches the bytes of four nibbles among entries
-0 ... 7 and among 8 ... 15, and then for each nibble the one that its top bit asks for; eight more
-assemble the bytes of four planes into numbers. 23 instructions give four exact fp32 values.
-
-A table of 16-bit entries has two planes, and 11 instructions give four values already paired as the
-operand wants them: twice as fast, at the price of a codebook rounded beforehand.
+Scales are read where they lie, a few bytes a step: single elements of an array in global memory
+(``gather``), which is written against Mosaic itself for want of a Pallas primitive, with a plain
+counterpart that the interpreter can run. All arithmetic is ordinary ``jax.numpy``.
 """
 
-import functools
-import inspect
-from collections.abc import Callable, Sequence
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,16 +18,51 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, memref, vector
 
+from jqlora_kernels.layouts import HOPPER, SPAN
+from jqlora_kernels.mosaic_lookup import HALF, decode, table_operand
+from jqlora_kernels.packing import codes_per_byte
 from jqlora_kernels.scales import GROUP, Nested, add_rounded
 
-GROUPS = 2
-"""Warp groups that multiply; one more moves memory."""
-HALF = 64
-"""Rows that a warp group decodes at once, and columns in either half of a span of codes."""
+CAPABILITY = "9.0"
+SHARED_MEMORY = 224 * 1024
+"""Bytes that a program may have for tiles: the device's 227 KiB less what barriers take."""
 ROWS = plgpu.Layout.WGMMA.reduce(1)
 """One value for each row of a tile in ``Layout.WGMMA``, where the lanes that own the row see it."""
+BYTES = (plgpu.TilingTransform((8, HALF)), plgpu.SwizzleTransform(HALF))
+"""How tiles of codes lie in shared memory."""
 
-Refs = Sequence[Any]
+
+class Storage(NamedTuple):
+    """What a kernel is compiled for: ``parts`` codes to a byte, rows of ``columns`` elements in
+    blocks of ``block``, table entries of dtype ``entry``; ``plain`` where it is interpreted."""
+
+    parts: int
+    columns: int
+    block: int
+    entry: Any
+    plain: bool
+
+    @property
+    def span_bytes(self) -> int:
+        """Bytes of a span of codes."""
+        return SPAN // self.parts
+
+
+def check(codebook: jax.Array, shape: tuple[int, int], rows: int, block: int, layout: str) -> None:
+    """Refuses what the kernels cannot decode of a matrix (N, K), ``rows`` of them a program, and a
+    GPU of another kind than theirs."""
+    if layout != HOPPER:
+        raise NotImplementedError(f"{layout=}: the kernel reads {HOPPER!r} alone")
+    codes_per_byte(codebook)
+    features, columns = shape
+    if columns % math.lcm(block, SPAN):
+        raise NotImplementedError(f"K={columns} is no multiple of {SPAN} and of {block=}")
+    if features % rows:
+        raise NotImplementedError(f"N={features} is no multiple of {rows}")
+    if jax.default_backend() == "gpu":
+        capability = str(jax.local_devices()[0].compute_capability)
+        if capability != CAPABILITY:
+            raise NotImplementedError(f"compute capability {capability}: wgmma is {CAPABILITY}'s")
 
 
 def flat_operands(
@@ -46,22 +71,34 @@ def flat_operands(
     codebook: jax.Array,
     nested: Nested | None,
     index: jax.Array | None,
+    entry: Any = jnp.float32,
 ) -> tuple[jax.Array, ...]:
-    """(layer [1], codes [L, N, K/2], table words, scales [L, blocks], *nested [L, ...])."""
-    layer = jnp.zeros(1, jnp.int32) if index is None else index.reshape(1)
-    stack = (codes.shape[0] if index is not None else 1, *codes.shape[-2:])
-    operands = (layer, codes.reshape(stack), table_words(codebook), scales.reshape(stack[0], -1))
+    """(layers, codes [L, N, bytes], table of dtype ``entry``, scales [L, blocks], *nested).
+
+    Without ``index`` there is one layer number for every element of the lead axes, else just that.
+    """
+    count = math.prod(codes.shape[:-2])
+    layers = jnp.arange(count, dtype=jnp.int32) if index is None else index.reshape(1)
+    stack = codes.reshape(count, *codes.shape[-2:])
+    operands = (layers, stack, table_operand(codebook, entry), scales.reshape(count, -1))
     if nested is None:
         return operands
     absmax, offset, table = nested
-    return (*operands, absmax.reshape(stack[0], -1), offset.reshape(stack[0]), table)
+    return (*operands, absmax.reshape(count, -1), offset.reshape(count), table)
 
 
 def kernel(
-    body: Any, out: Any, scratch: dict[str, Any], grid: dict[str, int], interpret: bool
+    body: Any,
+    out: Any,
+    scratch: dict[str, Any],
+    grid: dict[str, int],
+    interpret: bool,
+    groups: int = 1,
 ) -> Any:
-    """``body`` as a kernel of two warp groups that multiply and one that moves memory."""
+    """``body`` as a kernel of so many warp groups a program; of several each has a number."""
     options: dict[str, Any] = {}
+    if groups > 1:
+        options |= {"num_threads": groups, "thread_name": "group"}
     if interpret:
         if not hasattr(plgpu, "InterpretGPUParams"):
             raise NotImplementedError("interpreting a Mosaic kernel needs JAX 0.11 or later")
@@ -72,127 +109,28 @@ def kernel(
         scratch_types=scratch,
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
-        num_threads=GROUPS + 1,
-        thread_name="group",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         **options,
     )
 
 
-def table_words(codebook: jax.Array) -> jax.Array:
-    """int32 [16] or [8]: the planes of a codebook [16] of 32 or of 16 bits, lowest byte first."""
-    octets = lax.bitcast_convert_type(codebook, jnp.uint8)  # [16, bytes], little-endian
-    planes = octets.T.reshape(-1, 4, 4)
-    return lax.bitcast_convert_type(planes, jnp.int32).reshape(-1)
-
-
-def look_up_nibbles(word: Any, words: Sequence[Any], prmt: Callable, constant: Callable) -> list:
-    """Bits of the entries for the eight nibbles of ``word``.
-
-    Of a table of 32-bit entries (16 words) eight values, from the lowest nibble up. Of 16-bit
-    entries (8 words) four pairs: bytes 0 and 1, their low nibbles, then their high ones; bytes 2
-    and 3 likewise.
-
-    Written over ``&``, ``|``, ``>>`` (logical), ``prmt(a, b, selectors)`` and ``constant``, so that
-    the instructions emitted for a GPU are the ones that the tests run on a CPU.
-    """
-    values = []
-    for _ in range(2):
-        entry = word & constant(0x7777)
-        upper = ((word >> constant(1)) & constant(0x4444)) | constant(0x3210)
-        planes = []
-        for i in range(0, len(words), 4):
-            below, above = (prmt(words[i + j], words[i + j + 1], entry) for j in (0, 2))
-            planes.append(prmt(below, above, upper))
-        if len(planes) == 2:
-            values += [prmt(planes[0], planes[1], constant(s)) for s in (0x6240, 0x7351)]
-        else:
-            low = [prmt(planes[0], planes[1], constant(s)) for s in (0x5140, 0x7362)]
-            high = [prmt(planes[2], planes[3], constant(s)) for s in (0x5140, 0x7362)]
-            for a, b in zip(low, high, strict=True):
-                values += [prmt(a, b, constant(s)) for s in (0x5410, 0x7632)]
-        word = word >> constant(16)
-    return values
-
-
-class Word:
-    """A 32-bit register, with the operators that ``look_up_nibbles`` is written over."""
-
-    def __init__(self, value: Any):
-        self.value = value
-
-    def __and__(self, other: "Word") -> "Word":
-        return Word(arith.andi(self.value, other.value))
-
-    def __or__(self, other: "Word") -> "Word":
-        return Word(arith.ori(self.value, other.value))
-
-    def __rshift__(self, other: "Word") -> "Word":
-        return Word(arith.shrui(self.value, other.value))
-
-    @staticmethod
-    def constant(value: int) -> "Word":
-        i32 = ir.IntegerType.get_signless(32)
-        return Word(arith.constant(i32, ir.IntegerAttr.get(i32, value)))
-
-    @staticmethod
-    def prmt(a: "Word", b: "Word", selectors: "Word") -> "Word":
-        return Word(mgpu.utils.prmt(a.value, b.value, selectors.value))
-
-
-def decode(
-    codes: Any, words: Sequence[Any], dtype: Any, plain: bool
-) -> tuple[jax.Array, jax.Array]:
-    """Codebook values [64, 64] of the (low, high) nibbles of a tile of codes, in order.
-
-    ``codes`` is a tile uint8 [64, 64] in shared memory, laid out as ``layouts.HOPPER``; ``words``
-    are those of a table whose entries have ``dtype``.
-    """
-    if plain:
-        return decode_plain(codes[...], words, dtype)
-    tile = plgpu.ShapeDtypeStruct((HALF, HALF), dtype, layout=plgpu.Layout.WGMMA)
-    splat = plgpu.Layout.WG_SPLAT(())
-    kinds = (plgpu.Layout.WGMMA_8BIT, *[splat] * len(words))
-    registers = functools.partial(decode_registers, dtype=dtype)
-    emit = plgpu.inline_mgpu(arg_types=kinds, return_type=(tile, tile))(registers)
-    return emit(load(codes, plgpu.Layout.WGMMA_8BIT), *words)
-
-
-def decode_plain(codes: jax.Array, words: Sequence[Any], dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """What ``decode_registers`` computes, for the interpreter."""
-    octets = lax.bitcast_convert_type(jnp.stack(words), jnp.uint8)
-    codebook = lax.bitcast_convert_type(octets.reshape(-1, 16).T, dtype)
-    # axes: row, sixteen, lane, upper eight, odd; the middle ones change places
-    lanes = codes.astype(jnp.int32).reshape(HALF, 4, 4, 2, 2)
-    ordered = jnp.swapaxes(lanes, 2, 3).reshape(HALF, HALF)
-    return codebook[ordered & 15], codebook[ordered >> 4]
-
-
-def decode_registers(_: Any, codes: Any, *table: Any, dtype: Any) -> tuple[Any, Any]:
-    """Every lane: a word of four codes into the four low and the four high values that it owns."""
-    words = [Word(entry.registers.flat[0]) for entry in table]
-    shape = mgpu.WGMMA_LAYOUT.registers_shape((HALF, HALF))
-    halves = np.empty(shape, object), np.empty(shape, object)
-    i32 = ir.IntegerType.get_signless(32)
-    element = mgpu.utils.dtype_to_ir_type(np.dtype(dtype))
-    pair = ir.VectorType.get((2,), element)
-    for place, register in np.ndenumerate(codes.registers):
-        word = Word(mgpu.utils.bitcast(register, i32))
-        found = [value.value for value in look_up_nibbles(word, words, Word.prmt, Word.constant)]
-        for nibble, half in enumerate(halves):
-            for eight in range(2):
-                target = (place[0], 2 * place[1] + eight, *place[2:])
-                if len(found) == 4:
-                    half[target] = mgpu.utils.bitcast(found[2 * eight + nibble], pair)
-                else:
-                    two = found[4 * eight + nibble : 4 * eight + nibble + 3 : 2]
-                    values = [arith.bitcast(element, value) for value in two]
-                    half[target] = vector.from_elements(pair, values)
-    low, high = (
-        mgpu.FragmentedArray(_registers=half, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
-        for half in halves
-    )
-    return low, high
+def weight_tile(
+    codes: Any, table: Any, scales: Any, layer: Any, row: Any, span: Any, dtype: Any, of: Storage
+) -> list[jax.Array]:
+    """The weights [64, 64] of either half of a span of the rows numbered ``row``."""
+    tile = []
+    for half, values in enumerate(decode(codes, table, of.parts, of.entry, of.plain)):
+        first = span * SPAN + half * HALF
+        scale = [
+            load_scales(scales, layer, row * (of.columns // of.block) + start // of.block, of.plain)
+            for start in ((first,) if of.block >= HALF else (first, first + of.block))
+        ]
+        spread = [lax.broadcast_in_dim(s.astype(of.entry), values.shape, (0,)) for s in scale]
+        if len(spread) == 2:
+            left = column_numbers(of.plain) < of.block
+            spread = [jnp.where(left, *spread)]
+        tile.append((values * spread[0]).astype(dtype))
+    return tile
 
 
 def gather(source: Any, places: jax.Array, plain: bool) -> jax.Array:
@@ -223,7 +161,7 @@ def gather_registers(_: Any, source: Any, places: Any) -> Any:
     )
 
 
-def load_scales(refs: Refs, layer: jax.Array, blocks: jax.Array, plain: bool) -> jax.Array:
+def load_scales(refs: Sequence[Any], layer: jax.Array, blocks: jax.Array, plain: bool) -> jax.Array:
     """fp32 scales of the blocks of one layer numbered ``blocks``, int32 [64], one for each row.
 
     ``refs`` are scales [L, count], and with a second level absmax [L, groups], offset [L] and the
@@ -246,11 +184,11 @@ def row_numbers(plain: bool) -> jax.Array:
     return plgpu.broadcasted_iota(jnp.int32, (HALF,), 0, layout=ROWS)
 
 
-def load(ref: Any, layout: Any) -> jax.Array:
-    """``plgpu.load`` of a whole reference; JAX 0.10 wants an index there."""
-    if "idx" in inspect.signature(plgpu.load).parameters:
-        return plgpu.load(ref, (), layout=layout)
-    return plgpu.load(ref, layout=layout)  # pyright: ignore
+def column_numbers(plain: bool) -> jax.Array:
+    """int32 [64, 64]: 0 ... 63 along every row."""
+    if plain:
+        return lax.broadcasted_iota(jnp.int32, (HALF, HALF), 1)
+    return plgpu.broadcasted_iota(jnp.int32, (HALF, HALF), 1, layout=plgpu.Layout.WGMMA)
 
 
 def turned(ref: Any) -> Any:

@@ -18,10 +18,12 @@ ANY = "any"
 @dataclass(frozen=True)
 class Tuning:
     """Up to ``vector_rows`` rows of ``x`` are multiplied without tensor cores, up to ``fused_rows``
-    by tensor cores on tiles decoded in the kernel; more by a matrix decoded beforehand."""
+    by tensor cores on tiles decoded in the kernel; more by a matrix decoded beforehand. The kernel
+    for Hopper is used up to ``hopper_rows``."""
 
     vector_rows: int
     fused_rows: int
+    hopper_rows: int
     measured: bool
 
 

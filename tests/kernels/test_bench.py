@@ -136,12 +136,16 @@ def test_limits_lie_where_the_next_kernel_becomes_faster():
         triton_vector=[1, 2, 9, 40],
         triton_fused=[2, 3, 4, 9],
         triton_decodeandgemm=[5, 5, 5, 6],
+        mosaic=[1, 1, 7, 9],
+        mosaic_decodeandgemm=[5, 5, 5, 6],
         bf16=[0.1, 0.1, 0.1, 0.1],
     )
-    assert report.tuning_entry(rows) == {"vector_rows": 4, "fused_rows": 16, "measured": True}
+    limits = {"vector_rows": 4, "fused_rows": 16, "hopper_rows": 4, "measured": True}
+    assert report.tuning_entry(rows) == limits
 
 
 def test_a_kernel_that_never_wins_gets_no_rows():
     rows = timings(triton_vector=[9, 9], triton_fused=[8, 8], triton_decodeandgemm=[5, 5])
-    assert report.tuning_entry(rows) == {"vector_rows": 0, "fused_rows": 0, "measured": True}
+    limits = {"vector_rows": 0, "fused_rows": 0, "hopper_rows": 0, "measured": True}
+    assert report.tuning_entry(rows) == limits
     assert report.tuning_entry([]) is None

@@ -125,7 +125,7 @@ def test_products_agree_for_every_block(block, count, kind):
 def test_few_rows_agree_with_and_without_tensor_cores(count, inputs, spec, monkeypatch):
     operands, _ = layer(inputs, 6, spec, "bfloat16")
     for vector_rows in (0, 16):
-        limits = tuning.Tuning(vector_rows, 256, measured=False)
+        limits = tuning.Tuning(vector_rows, 256, 256, measured=False)
         monkeypatch.setattr(tuning, "here", lambda limits=limits: limits)
         x = rows_of(count, inputs, "bfloat16")
         assert_multiplies_alike(x, operands, spec.block, 6)

@@ -13,6 +13,18 @@ def codes():
     return jnp.asarray(np.random.default_rng(0).integers(0, 256, (3, 5, 192), np.uint8))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_codes_of_8_bits_have_every_layout_too(layout, codes):
+    codes = codes[..., :128]
+    there = np.asarray(repack(codes, BITSANDBYTES, layout, 1))
+    np.testing.assert_array_equal(repack(jnp.asarray(there), layout, BITSANDBYTES, 1), codes)
+    for byte in range(codes.shape[-1] if layout == HOPPER else 0):
+        sixteen, inside = divmod(byte, 16)
+        lane, i = divmod(inside, 4)
+        element = 16 * sixteen + 2 * lane + i % 2 + 8 * (i // 2)
+        np.testing.assert_array_equal(there[..., byte], codes[..., element])
+
+
 def elements(codes):
     """The nibbles of bitsandbytes' codes in the order of the elements."""
     return np.stack([codes >> 4, codes & 15], axis=-1).reshape(*codes.shape[:-1], -1)

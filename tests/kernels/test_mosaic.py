@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 
 from jqlora.quant import FP4, INT8, NF4, fp4_codebook, nf4_codebook, quantize, with_layout
+from jqlora_kernels.dequantize_blockwise import dequantize_blockwise
 from jqlora_kernels.layouts import HOPPER
-from jqlora_kernels.quantized_matmul import quantized_matmul
+from jqlora_kernels.quantized_matmul import quantized_matmul, reference
 
 mgpu = pytest.importorskip("jax.experimental.mosaic.gpu")
 plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
-mosaic_tiles = pytest.importorskip("jqlora_kernels.mosaic_tiles")
+mosaic_lookup = pytest.importorskip("jqlora_kernels.mosaic_lookup")
 pallas_mosaic = pytest.importorskip("jqlora_kernels.quantized_matmul.pallas_mosaic")
 
 needs_interpreter = pytest.mark.skipif(
@@ -28,7 +29,15 @@ needs_interpreter = pytest.mark.skipif(
 BUDGET = {"bfloat16": 2**-7, "float16": 2**-10}
 CASES = [
     (NF4(double_quant=True), "bfloat16", (20, 256, 128)),
-    (FP4(block=128), "float16", (130, 128, 256)),
+    (FP4(block=128), "float16", (20, 128, 256)),
+    (NF4(block=32, double_quant=True), "bfloat16", (3, 128, 128)),
+    (INT8(double_quant=True), "bfloat16", (20, 256, 128)),
+    (INT8(block=32), "float16", (3, 128, 128)),
+]
+DECODED = [
+    (NF4(double_quant=True), "bfloat16"),
+    (FP4(block=32), "float16"),
+    (INT8(double_quant=True), "float32"),
 ]
 
 
@@ -46,13 +55,13 @@ def test_the_instructions_find_the_exact_value_of_every_nibble(codebook):
     octets = np.arange(256, dtype=np.uint8)
     codes = np.stack([*rng.integers(0, 256, (3, 256), np.uint8), octets], axis=-1)
     codes = np.concatenate([codes, np.roll(codes, 1, axis=-1)])
-    table = np.asarray(mosaic_tiles.table_words(jnp.asarray(codebook))).view(np.uint32)
+    table = np.asarray(mosaic_lookup.table_words(jnp.asarray(codebook))).view(np.uint32)
     words = [np.full(len(codes), word) for word in table]
 
     def constant(value):
         return np.full(len(codes), value, np.uint32)
 
-    found = mosaic_tiles.look_up_nibbles(codes.view(np.uint32)[:, 0], words, prmt, constant)
+    found = mosaic_lookup.look_up_nibbles(codes.view(np.uint32)[:, 0], words, prmt, constant)
     nibbles = np.stack([codes & 15, codes >> 4], axis=-1).reshape(len(codes), 8)
     expected = codebook[nibbles].view(np.uint32)
     np.testing.assert_array_equal(np.stack(found, axis=-1), expected)
@@ -62,13 +71,13 @@ def test_a_table_of_16_bit_entries_gives_pairs_ready_for_the_operand():
     octets = np.arange(256, dtype=np.uint8)
     codes = np.stack([np.roll(octets, i) for i in (0, 7, 100, 201)], axis=-1)
     codebook = jnp.asarray(nf4_codebook()).astype(jnp.bfloat16)
-    table = np.asarray(mosaic_tiles.table_words(codebook)).view(np.uint32)
+    table = np.asarray(mosaic_lookup.table_words(codebook)).view(np.uint32)
     words = [np.full(len(codes), word) for word in table]
 
     def constant(value):
         return np.full(len(codes), value, np.uint32)
 
-    pairs = mosaic_tiles.look_up_nibbles(codes.view(np.uint32)[:, 0], words, prmt, constant)
+    pairs = mosaic_lookup.look_up_nibbles(codes.view(np.uint32)[:, 0], words, prmt, constant)
     entries = np.asarray(codebook).view(np.uint16)
     low, high = entries[codes & 15], entries[codes >> 4]
     for pair, source, first in zip(pairs, (low, high, low, high), (0, 0, 2, 2), strict=True):
@@ -104,12 +113,37 @@ def test_products_and_gradients_agree_with_the_definition_and_do_not_race(spec, 
         y, pull = jax.vjp(lambda x: multiply(x, *operands, jnp.int32(1), **options), x)
         return y, *pull(jnp.cos(y))
 
-    expected = both(plain, backend="reference")
-    actual = both(packed, layout=HOPPER, backend="mosaic_interpret")
+    expected = jax.jit(functools.partial(both, backend="reference"))(plain)
+    emulated = functools.partial(both, layout=HOPPER, backend="mosaic_interpret")
+    actual = jax.jit(emulated)(packed)
     for e, a in zip(expected, actual, strict=True):
         assert a.dtype == e.dtype
         e, a = np.asarray(e, np.float32), np.asarray(a, np.float32)
         assert np.abs(a - e).max() <= BUDGET[dtype] * np.abs(e).max()
+
+
+@needs_interpreter
+@pytest.mark.parametrize(("spec", "dtype"), DECODED, ids=str)
+def test_decoding_agrees_bit_for_bit_with_the_definition(spec, dtype):
+    plain, packed = stack(spec, 256, 64)
+    decode = functools.partial(dequantize_blockwise, block=spec.block, columns=256, dtype=dtype)
+    actual = decode(*packed, layout=HOPPER, backend="mosaic_interpret")
+    assert actual.dtype == dtype
+    expected = decode(*plain, backend="reference")
+    np.testing.assert_array_equal(np.asarray(actual, np.float32), np.asarray(expected, np.float32))
+
+
+@needs_interpreter
+def test_many_rows_are_multiplied_by_the_matrix_decoded_once():
+    plain, packed = stack(NF4(), 128, 128)
+    x = jax.random.normal(jax.random.key(1), (3, 128)).astype(jnp.bfloat16)
+    for name in ("quantized_matmul", "transposed"):
+        options = {"block": 64, "features": 128}
+        made = {"layout": HOPPER, "interpret": True, "fused_rows": 2}
+        actual = getattr(pallas_mosaic, name)(x, *packed, jnp.int32(1), **options, **made)
+        expected = getattr(reference, name)(x, *plain, jnp.int32(1), **options)
+        e, a = np.asarray(expected, np.float32), np.asarray(actual, np.float32)
+        assert np.abs(a - e).max() <= BUDGET["bfloat16"] * np.abs(e).max()
 
 
 @needs_interpreter
@@ -137,10 +171,12 @@ def test_the_fast_mode_stays_within_its_budget():
     assert error.max() > 0.1 * u * np.abs(exact).mean(), "this is not the fast mode"
 
 
-@pytest.mark.parametrize(("spec", "dtype"), [case[:2] for case in CASES], ids=str)
-@pytest.mark.parametrize("rows", [4, 1000])
+LOWERED = [(*case[:2], rows) for case, rows in zip(CASES, (4, 500, 1000, 4, 1000), strict=True)]
+
+
+@pytest.mark.parametrize(("spec", "dtype", "rows"), LOWERED, ids=str)
 def test_the_kernels_lower_and_read_the_layer_where_it_lies(spec, dtype, rows, cuda_text):
-    backend = "mosaic_fast" if dtype == "bfloat16" and rows == 4 else "mosaic"
+    backend = "mosaic_fast" if spec == NF4(double_quant=True) else "mosaic"
     shapes = jax.eval_shape(lambda: stack(spec, 1024, 256)[1])
 
     def loss(x, operands, index):
@@ -157,8 +193,8 @@ def test_the_kernels_lower_and_read_the_layer_where_it_lies(spec, dtype, rows, c
 REFUSED = [
     ({"layout": "bitsandbytes"}, "layout"),
     ({"dtype": "float32"}, "float32"),
-    ({"spec": NF4(block=32)}, "block=32"),
-    ({"spec": INT8()}, "256 levels"),
+    ({"spec": NF4(block=256)}, "block=256"),
+    ({"spec": INT8(), "backend": "mosaic_fast"}, "codes of 4 bits"),
     ({"outputs": 192}, "N=192"),
     ({"dtype": "float16", "backend": "mosaic_fast"}, "fast mode"),
 ]

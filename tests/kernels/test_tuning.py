@@ -5,7 +5,7 @@ from jqlora_kernels import tuning
 
 def test_the_longest_name_that_begins_the_devices_own_decides(monkeypatch):
     entries = {
-        name: tuning.Tuning(i, 100, measured=False)
+        name: tuning.Tuning(i, 100, 100, measured=False)
         for i, name in enumerate(["any", "NVIDIA H100", "NVIDIA H100 PCIe"])
     }
     monkeypatch.setattr(tuning, "table", lambda: entries)

@@ -88,6 +88,9 @@ def test_a_matrix_that_cannot_have_the_layout_is_refused(shape, block, layout, s
         with_layout(q, layout)
 
 
-def test_codes_of_eight_bits_have_one_layout():
-    with pytest.raises(ConfigError, match="int8"):
-        with_layout(quantize(jnp.ones((256, 8)), INT8()), HOPPER)
+def test_codes_of_eight_bits_move_and_stand_for_the_same_values(getkey):
+    q = quantize(jax.random.normal(getkey(), (256, 8)), INT8())
+    packed = with_layout(q, HOPPER)
+    assert (packed.codes != q.codes).any()
+    np.testing.assert_array_equal(packed.dequantize(), q.dequantize())
+    jax.tree.map(np.testing.assert_array_equal, with_layout(packed, BITSANDBYTES), q)

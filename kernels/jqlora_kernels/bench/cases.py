@@ -12,7 +12,7 @@ import numpy as np
 from jqlora_kernels.bench import timing
 from jqlora_kernels.bench.timing import Contender
 from jqlora_kernels.dequantize_blockwise import dequantize_blockwise
-from jqlora_kernels.layouts import BITSANDBYTES, HOPPER, repack
+from jqlora_kernels.layouts import BITSANDBYTES, HOPPER, SPAN, repack
 from jqlora_kernels.optional import lazily
 from jqlora_kernels.quantized_matmul import reference
 from jqlora_kernels.scales import GROUP
@@ -23,9 +23,9 @@ DTYPE = "bfloat16"
 # Limits that send every number of rows to one of the Pallas-Triton kernels.
 ALWAYS = 2**30
 FORCED = {
-    "triton vector": Tuning(ALWAYS, ALWAYS, measured=False),
-    "triton fused": Tuning(0, ALWAYS, measured=False),
-    "triton decode+gemm": Tuning(0, 0, measured=False),
+    "triton vector": Tuning(ALWAYS, ALWAYS, ALWAYS, measured=False),
+    "triton fused": Tuning(0, ALWAYS, ALWAYS, measured=False),
+    "triton decode+gemm": Tuning(0, 0, 0, measured=False),
 }
 MOST_ROWS = {"triton vector": 64, "triton fused": 4096, "jax_triton": 256}
 """Where a kernel is hopeless, it is not timed."""
@@ -105,21 +105,26 @@ def _decoders(case, stored, turns, interpret):
     words = case.moved_bytes // 8
     sources = [jnp.arange(words, dtype=jnp.uint32) for _ in stored]
 
-    def decode(index, operands, backend):
-        options = {"block": BLOCK, "columns": case.inputs, "dtype": DTYPE, "backend": backend}
+    def decode(index, operands, backend, layout):
+        options = {"block": BLOCK, "columns": case.inputs, "dtype": DTYPE}
+        options |= {"backend": backend, "layout": layout}
         return dequantize_blockwise(*operands, index, **options)  # pyright: ignore
 
     def copy(index, source):
         # Every word read, changed and written: the traffic of a copy, which XLA might leave out.
         return source ^ (index + 1).astype(jnp.uint32)
 
-    names = ["reference", "triton_interpret"] if interpret else ["reference", "triton"]
+    suffix = "_interpret" if interpret else ""
+    names = ["reference", f"triton{suffix}", "jax_triton"]
+    hopper = packed(case, stored)
+    names += [f"mosaic{suffix}"] if hopper else []
     calls: Calls = {"copy": lambda: timing.looped("copy", copy, zero, sources, turns)}
     results = {}
-    for name in [*names, "jax_triton"]:
-        call = functools.partial(decode, backend=name)
-        calls[name] = functools.partial(timing.looped, name, call, zero, stored, turns)
-        results[name] = functools.partial(jax.jit(call), zero, stored[0])
+    for name in names:
+        layout, operands = (HOPPER, hopper) if "mosaic" in name else (BITSANDBYTES, stored)
+        call = functools.partial(decode, backend=name, layout=layout)
+        calls[name] = functools.partial(timing.looped, name, call, zero, operands, turns)
+        results[name] = functools.partial(jax.jit(call), zero, operands[0])
     return calls, results
 
 
@@ -133,7 +138,7 @@ def _products(case, stored, turns, interpret):
     module = "jqlora_kernels.quantized_matmul"
     options = {"block": BLOCK, "features": features}
     emulated = {"interpret": True} if interpret else {}
-    packed = [(repack(c, BITSANDBYTES, HOPPER), *rest) for c, *rest in stored if wide_enough(case)]
+    hopper = packed(case, stored)
 
     def plain(x, weight):
         return reference.contract(x, weight, 1 if forward else 0)
@@ -157,21 +162,24 @@ def _products(case, stored, turns, interpret):
         )
     kernels["jax_triton"] = lazily(f"{module}.jax_triton", function, **options)
     mosaic = functools.partial(lazily, f"{module}.pallas_mosaic", function, **options)
-    kernels["mosaic"] = mosaic(layout=HOPPER, **emulated)
+    kernels["mosaic"] = mosaic(layout=HOPPER, fused_rows=ALWAYS, **emulated)
+    kernels["mosaic decode+gemm"] = mosaic(layout=HOPPER, fused_rows=0, **emulated)
     if not interpret:  # the same kernel but for what the emulator does not run
-        kernels["mosaic fast"] = mosaic(layout=HOPPER, fast=True)
+        kernels["mosaic fast"] = mosaic(layout=HOPPER, fused_rows=ALWAYS, fast=True)
     calls: Calls = {"bf16": dense}
     results = {}
     for name, kernel in kernels.items():
-        if case.rows > MOST_ROWS.get(name, ALWAYS) or ("mosaic" in name and not packed):
+        if case.rows > MOST_ROWS.get(name, ALWAYS) or ("mosaic" in name and not hopper):
             continue
-        operands = packed if "mosaic" in name else stored
+        operands = hopper if "mosaic" in name else stored
         call = functools.partial(multiply, kernel=kernel)
         calls[name] = functools.partial(timing.looped, name, call, x, operands, turns)
         results[name] = functools.partial(jax.jit(call), x, operands[0])
     return calls, results
 
 
-def wide_enough(case: Case) -> bool:
-    """Whether the layout for Hopper exists for the matrix."""
-    return case.inputs % 128 == 0
+def packed(case: Case, stored: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """The same matrices in the layout for Hopper; none where there is no such layout for them."""
+    if case.inputs % SPAN:
+        return []
+    return [(repack(codes, BITSANDBYTES, HOPPER), *others) for codes, *others in stored]

@@ -45,25 +45,33 @@ def tuning_entry(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """Limits for ``tuning.json`` from the timings of the forward product, or None without them.
 
     A kernel keeps the rows up to the largest number at which it wins over its successors, the
-    geometric mean over all layers taken, as long as it has won at all smaller ones too.
+    geometric mean over all layers taken, as long as it has won at all smaller ones too; one that
+    was not timed gets none.
     """
+    triton, mosaic = (means_of(rows, prefix) for prefix in ("triton ", "mosaic"))
+    if not triton:
+        return None
+    vector = _wins_up_to(triton, "vector", ("fused", "decode+gemm"))
+    later = {count: found for count, found in triton.items() if count > vector}
+    fused = max(vector, _wins_up_to(later, "fused", ("decode+gemm",)))
+    hopper = _wins_up_to(mosaic, "", (" decode+gemm",))
+    limits = {"vector_rows": vector, "fused_rows": fused, "hopper_rows": hopper}
+    return limits | {"measured": True}
+
+
+def means_of(rows: Sequence[dict[str, Any]], prefix: str) -> dict[int, dict[str, float]]:
+    """By rows of ``x`` and by contender (the rest of its name after ``prefix``) the mean logarithm
+    of its times for the forward product."""
     times: dict[int, dict[str, list[float]]] = {}
     for row in rows:
-        name = row["contender"].removeprefix("triton ")
-        if row["operation"] == "forward" and row["seconds"] and name != row["contender"]:
-            times.setdefault(row["rows"], {}).setdefault(name, []).append(
-                math.log(row["seconds"]["median"])
-            )
-    means = {
+        if row["operation"] == "forward" and row["seconds"] and row["contender"].startswith(prefix):
+            name = row["contender"].removeprefix(prefix)
+            found = times.setdefault(row["rows"], {})
+            found.setdefault(name, []).append(math.log(row["seconds"]["median"]))
+    return {
         count: {name: float(np.mean(logs)) for name, logs in found.items()}
         for count, found in sorted(times.items())
     }
-    if not means:
-        return None
-    vector = _wins_up_to(means, "vector", ("fused", "decode+gemm"))
-    later = {count: found for count, found in means.items() if count > vector}
-    fused = max(vector, _wins_up_to(later, "fused", ("decode+gemm",)))
-    return {"vector_rows": vector, "fused_rows": fused, "measured": True}
 
 
 def _wins_up_to(means: Mapping[int, Mapping[str, float]], name: str, others: Sequence[str]) -> int:

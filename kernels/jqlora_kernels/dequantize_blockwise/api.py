@@ -28,19 +28,20 @@ def dequantize_blockwise(
     """Values [*lead, rows, columns]; see ``reference.dequantize_blockwise`` for the operands.
 
     ``backend``: "reference", "triton", "triton_interpret" (the same kernel emulated on a CPU),
-    "jax_triton" (without Pallas; never run on a device yet, so by name only), or None for the
-    platform's choice. ``layout`` is one of ``layouts.LAYOUTS``. Raises what ``dispatch.run``
-    raises.
+    "jax_triton" (without Pallas), "mosaic" (for Hopper) and "mosaic_interpret" (never run on a
+    device yet, so by name only), or None for the platform's choice. ``layout`` is one of
+    ``layouts.LAYOUTS``. Raises what ``dispatch.run`` raises.
     """
     static = {"block": block, "columns": columns, "dtype": dtype}
     kernel = functools.partial(pallas_triton.dequantize_blockwise, **static)
     kernel = layouts.only_bitsandbytes(kernel, layout)
+    optional = functools.partial(lazily, name="dequantize_blockwise", **static, layout=layout)
     backends = {
         "triton": kernel,
         "triton_interpret": functools.partial(kernel, interpret=True),
-        "jax_triton": lazily(
-            f"{__package__}.jax_triton", "dequantize_blockwise", **static, layout=layout
-        ),
+        "jax_triton": optional(f"{__package__}.jax_triton"),
+        "mosaic": optional(f"{__package__}.pallas_mosaic"),
+        "mosaic_interpret": optional(f"{__package__}.pallas_mosaic", interpret=True),
         "reference": functools.partial(reference.dequantize_blockwise, **static, layout=layout),
     }
 

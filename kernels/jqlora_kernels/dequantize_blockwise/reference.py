@@ -36,7 +36,7 @@ def dequantize_blockwise(
     copy of the codes of the one element.
     """
     codes, scales, nested = select(codes, scales, nested, index)
-    codes = repack(codes, layout, BITSANDBYTES)
+    codes = repack(codes, layout, BITSANDBYTES, codes_per_byte(codebook))
     if codes_per_byte(codebook) == 2:
         codes = unpack(codes)[..., :columns]
     values = look_up(codebook, codes)

@@ -14,11 +14,16 @@ goes through shared memory, decoded by halves, where both warp groups use the wh
 
 Weights are decoded exactly: fp32 code times fp32 scale, rounded once to the activations' dtype. The
 fast mode rounds code, scale and product to bf16: with u = 2^-8 a weight is off by 3u at most (to
-first order) where the exact mode is off by u, and half of the instructions are saved.
+first order) where the exact mode is off by u, and half of the instructions are saved. It is for
+4-bit codes: those of 8 bits are looked up in shared memory, one load a value whatever the entry.
+
+Activations are bf16 or fp16. wgmma multiplies fp32 as TF32 alone, cut to 10 bits of mantissa where
+the definition keeps 23; splitting both operands into three bf16 parts would keep them at six to
+nine times the products, for activations that no training step here has.
 """
 
 import functools
-import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,30 +31,64 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jqlora_kernels.layouts import HOPPER, SPAN
+from jqlora_kernels import tuning
+from jqlora_kernels.dequantize_blockwise.pallas_mosaic import dequantize_blockwise
+from jqlora_kernels.layouts import SPAN
+from jqlora_kernels.mosaic_lookup import HALF, fill_table, table_of, table_scratch
 from jqlora_kernels.mosaic_tiles import (
-    GROUPS,
-    HALF,
-    decode,
+    BYTES,
+    SHARED_MEMORY,
+    Storage,
+    check,
     flat_operands,
     kernel,
-    load_scales,
     row_numbers,
     turned,
+    weight_tile,
 )
+from jqlora_kernels.packing import codes_per_byte
+from jqlora_kernels.quantized_matmul import decode_first
 from jqlora_kernels.scales import Nested
 
-CAPABILITY = "9.0"
+GROUPS = 2
+"""Warp groups that multiply; one more moves memory."""
 FEATURES = GROUPS * HALF
 ROWS = (16, 32, 64, 128, 256)
 """Rows of ``x`` in a tile of the forward product, the right operand's width in wgmma."""
 GRADIENT_ROWS = (64, 128)
 """Rows of ``g`` that a warp group multiplies."""
-BYTES = (plgpu.TilingTransform((8, HALF)), plgpu.SwizzleTransform(HALF))
 HALVES = (plgpu.TilingTransform((8, HALF)), plgpu.SwizzleTransform(2 * HALF))
 MEMORY_REGISTERS = 24
-SHARED_MEMORY = 224 * 1024
-"""Bytes that a program may have for tiles: the device's 227 KiB less what barriers take."""
+
+
+class Options(NamedTuple):
+    """How a product is made: ``rows`` of ``x`` to a tile, ``steps`` tiles in flight, each by
+    default what there is room for. More than ``fused_rows`` rows, by default this device's limit,
+    are multiplied by the matrix decoded beforehand.
+
+    ``fast`` rounds codes and scales to bf16 before they are multiplied (a matrix decoded beforehand
+    is exact all the same). ``interpret`` emulates the
+    kernel on a CPU and looks for races (JAX 0.11 and later). The emulator can neither hold an
+    operand in registers nor run instructions written for the device: it needs ``staged`` (its
+    default there), which takes the decoded tile through shared memory, and it decodes by a plain
+    look-up.
+    """
+
+    rows: int | None = None
+    steps: int | None = None
+    fused_rows: int | None = None
+    fast: bool = False
+    interpret: bool = False
+    staged: bool | None = None
+
+    @property
+    def entry(self) -> Any:
+        """The dtype of the table's entries and of scales."""
+        return jnp.bfloat16 if self.fast else jnp.float32
+
+    def decodes_first(self, rows: int) -> bool:
+        """Whether so many rows are too many for the fused kernel."""
+        return rows > (tuning.here().hopper_rows if self.fused_rows is None else self.fused_rows)
 
 
 def quantized_matmul(
@@ -63,45 +102,38 @@ def quantized_matmul(
     block: int,
     features: int,
     layout: str,
-    rows: int | None = None,
-    steps: int | None = None,
-    fast: bool = False,
-    interpret: bool = False,
-    staged: bool | None = None,
+    **options: Any,
 ) -> jax.Array:
-    """As ``reference.quantized_matmul``, up to the order of summation.
+    """As ``reference.quantized_matmul``, up to the order of summation; ``options`` as ``Options``.
 
-    ``rows`` of ``x`` make a tile, ``steps`` tiles are in flight (default: what there is room for).
-    ``fast`` rounds codes and scales to bf16 before they are multiplied. ``interpret`` emulates the
-    kernel on a CPU and looks for races (JAX 0.11 and later). The emulator can neither hold an
-    operand in registers nor run instructions written for the device: it needs ``staged`` (its
-    default there), which takes the decoded tile through shared memory, and it decodes by a plain
-    look-up.
-
-    Raises ``NotImplementedError`` for what ``check`` refuses.
+    Raises ``NotImplementedError`` for what ``check`` and ``check_product`` refuse.
     """
-    check(x, codebook, features, x.shape[1], block, layout, fast)
-    staged = interpret if staged is None else staged
-    rows = rows or next((r for r in ROWS if r >= x.shape[0]), ROWS[-1])
+    made = Options(**options)
+    shape = (features, x.shape[1])
+    check(codebook, shape, FEATURES, block, layout)
+    check_product(x, codebook, made.fast)
+    if made.decodes_first(x.shape[0]):
+        operands = (codes, scales, codebook, nested, index)
+        return decode_first.multiply(decoder(block, layout, made), x, operands, features)
+    staged = made.interpret if made.staged is None else made.staged
+    rows = made.rows or next((r for r in ROWS if r >= x.shape[0]), ROWS[-1])
     count = x.shape[0]
     x = padded(x, rows)
-    weight = jnp.bfloat16 if fast else jnp.float32
-    operands = flat_operands(codes, scales, codebook.astype(weight), nested, index)
     scratch = {"out": plgpu.SMEM((GROUPS, rows, HALF), x.dtype, transforms=HALVES)}
     if staged:
-        shape = (GROUPS, 2, HALF, HALF)
-        scratch["weights"] = plgpu.SMEM(shape, x.dtype, transforms=HALVES)
-    steps = steps or stages(rows, GROUPS * rows * HALF + (FEATURES * SPAN if staged else 0))
-    body = functools.partial(
-        forward_tile, block=block, rows=rows, steps=steps, entry=weight, plain=interpret
-    )
+        kept = (GROUPS, 2, HALF, HALF)
+        scratch["weights"] = plgpu.SMEM(kept, x.dtype, transforms=HALVES)
+    of = Storage(codes_per_byte(codebook), shape[1], block, made.entry, made.interpret)
+    beside = GROUPS * rows * HALF + (FEATURES * SPAN if staged else 0)
+    steps = made.steps or stages(rows, beside, of)
     y = kernel(
-        body,
+        functools.partial(forward_tile, rows=rows, steps=steps, of=of),
         jax.ShapeDtypeStruct((x.shape[0], features), x.dtype),
-        scratch,
+        scratch | table_scratch(codebook, GROUPS),
         {"rows": x.shape[0] // rows, "features": features // FEATURES},
-        interpret,
-    )(x, *operands)
+        made.interpret,
+        GROUPS + 1,
+    )(x, *flat_operands(codes, scales, codebook, nested, index, made.entry))
     return y[:count]
 
 
@@ -116,69 +148,63 @@ def transposed(
     block: int,
     features: int,
     layout: str,
-    rows: int | None = None,
-    steps: int | None = None,
-    fast: bool = False,
-    interpret: bool = False,
+    **options: Any,
 ) -> jax.Array:
-    """As ``reference.transposed``; the options are those of ``quantized_matmul``."""
-    check(g, codebook, g.shape[1], features, block, layout, fast)
-    rows = rows or GRADIENT_ROWS[g.shape[0] > GROUPS * GRADIENT_ROWS[0]]
+    """As ``reference.transposed``; options and refusals are those of ``quantized_matmul``."""
+    made = Options(**options)
+    check(codebook, (g.shape[1], features), FEATURES, block, layout)
+    check_product(g, codebook, made.fast)
+    if made.decodes_first(g.shape[0]):
+        operands = (codes, scales, codebook, nested, index)
+        decode = decoder(block, layout, made)
+        return decode_first.multiply_transposed(decode, g, operands, features)
+    # With two scales to a row, the wider tile spilled registers.
+    many = block >= HALF and g.shape[0] > GROUPS * GRADIENT_ROWS[0]
+    rows = made.rows or GRADIENT_ROWS[many]
     count = g.shape[0]
     g = padded(g, GROUPS * rows)
-    weight = jnp.bfloat16 if fast else jnp.float32
-    operands = flat_operands(codes, scales, codebook.astype(weight), nested, index)
     scratch = {
         "weights": plgpu.SMEM((GROUPS, FEATURES, SPAN), g.dtype, transforms=HALVES),
         "ready": plgpu.Barrier(num_arrivals=GROUPS),
     }
-    steps = steps or stages(GROUPS * rows, GROUPS * FEATURES * SPAN)
-    body = functools.partial(
-        gradient_tile, block=block, rows=rows, steps=steps, entry=weight, plain=interpret
-    )
+    of = Storage(codes_per_byte(codebook), features, block, made.entry, made.interpret)
+    steps = made.steps or stages(GROUPS * rows, GROUPS * FEATURES * SPAN, of)
     dx = kernel(
-        body,
+        functools.partial(gradient_tile, rows=rows, steps=steps, of=of),
         jax.ShapeDtypeStruct((g.shape[0], features), g.dtype),
-        scratch,
+        scratch | table_scratch(codebook, GROUPS),
         {"rows": g.shape[0] // (GROUPS * rows), "spans": features // SPAN},
-        interpret,
-    )(g, *operands)
+        made.interpret,
+        GROUPS + 1,
+    )(g, *flat_operands(codes, scales, codebook, nested, index, made.entry))
     return dx[:count]
 
 
-def check(
-    x: jax.Array,
-    codebook: jax.Array,
-    features: int,
-    columns: int,
-    block: int,
-    layout: str,
-    fast: bool,
-) -> None:
-    """Refuses what the kernels cannot multiply, and a GPU of another kind than theirs."""
-    if layout != HOPPER:
-        raise NotImplementedError(f"{layout=}: the kernel reads {HOPPER!r} alone")
-    if codebook.shape != (16,):
-        raise NotImplementedError(f"{codebook.shape[0]} levels: the kernel reads codes of 4 bits")
+def check_product(x: jax.Array, codebook: jax.Array, fast: bool) -> None:
+    """Refuses activations that wgmma does not multiply exactly, and a fast mode that is none."""
     if x.dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"{x.dtype}: the kernel takes bfloat16 and float16")
+        raise NotImplementedError(
+            f"{x.dtype}: the kernel takes bfloat16 and float16, wgmma would cut fp32 to TF32"
+        )
     if fast and x.dtype != jnp.bfloat16:
         raise NotImplementedError(f"{x.dtype}: the fast mode takes bfloat16, whose range is fp32's")
-    if block < HALF:
-        raise NotImplementedError(f"{block=}: the kernel takes blocks of {HALF} and more")
-    if columns % math.lcm(block, SPAN):
-        raise NotImplementedError(f"K={columns} is no multiple of {SPAN} and of {block=}")
-    if features % FEATURES:
-        raise NotImplementedError(f"N={features} is no multiple of {FEATURES}")
-    if jax.default_backend() == "gpu":
-        capability = str(jax.local_devices()[0].compute_capability)
-        if capability != CAPABILITY:
-            raise NotImplementedError(f"compute capability {capability}: wgmma is {CAPABILITY}'s")
+    if fast and codes_per_byte(codebook) == 1:
+        raise NotImplementedError(
+            "the fast mode is for codes of 4 bits: of 8 it would save nothing"
+        )
 
 
-def stages(rows: int, elements: int) -> int:
+def decoder(block: int, layout: str, made: Options) -> Any:
+    """The decoding kernel, for ``decode_first``."""
+    options = {"block": block, "layout": layout, "interpret": made.interpret}
+    return functools.partial(dequantize_blockwise, **options)
+
+
+def stages(rows: int, elements: int, of: Storage) -> int:
     """How many tiles of codes and of ``rows`` activations fit beside ``elements`` 16-bit ones."""
-    return min(4, (SHARED_MEMORY - 2 * elements) // (2 * rows * SPAN + FEATURES * HALF))
+    table = 0 if of.parts == 2 else GROUPS * 1024
+    room = SHARED_MEMORY - 2 * elements - table
+    return min(4, room // (2 * rows * SPAN + FEATURES * of.span_bytes))
 
 
 def padded(x: jax.Array, rows: int) -> jax.Array:
@@ -186,49 +212,21 @@ def padded(x: jax.Array, rows: int) -> jax.Array:
     return jnp.pad(x, ((0, -x.shape[0] % rows), (0, 0)))
 
 
-def weight_tile(
-    codes, words, scales, layer, row, span, columns, block, entry, dtype, plain
-) -> list[jax.Array]:
-    """The weights [64, 64] of either half of a span of the rows numbered ``row``."""
-    block_scales = []
-    for half in range(2):
-        blocks = row * (columns // block) + (span * SPAN + half * HALF) // block
-        block_scales.append(load_scales(scales, layer, blocks, plain).astype(entry))
-    return [
-        (values * lax.broadcast_in_dim(scale, values.shape, (0,))).astype(dtype)
-        for values, scale in zip(decode(codes, words, entry, plain), block_scales, strict=True)
-    ]
-
-
 def forward_tile(
-    x, layer_ref, codes, words_ref, *refs, out, weights=None, block, rows, steps, entry, plain
+    x, layer_ref, codes, book, *refs, out, weights=None, table=None, rows, steps, of
 ) -> None:
     """``rows`` x 128 of the product, along all of K; each warp group has 64 of the 128 features."""
     *scales, y = refs
-    columns = x.shape[1]
     group = lax.axis_index("group")
     first = lax.axis_index("features") * FEATURES
     row_slice = pl.ds(lax.axis_index("rows") * rows, rows)
     layer = layer_ref[0]
-    words = [words_ref[i] for i in range(words_ref.shape[0])]
-
-    def step(place, codes_tile, x_tile, total):
-        (span,) = place
-        row = first + group * HALF + row_numbers(plain)
-        tile = codes_tile.at[pl.ds(group * HALF, HALF)]
-        pair = weight_tile(
-            tile, words, scales, layer, row, span, columns, block, entry, x.dtype, plain
-        )
-        for half, weight in enumerate(pair):
-            if weights is not None:
-                weights[group, half] = weight
-                plgpu.commit_smem()
-                weight = weights.at[group, half]
-            plgpu.wgmma(total, weight, turned(x_tile).at[pl.ds(half * HALF, HALF)])
-        plgpu.wgmma_wait(0)
-        return total
+    shared = None if table is None else table.at[group]
+    found = table_of(book, shared, of.plain)
 
     def context(run):
+        fill_table(book, shared, of.plain)
+
         def accumulate(total):
             run(total)
             values = total[...].astype(x.dtype)
@@ -241,14 +239,28 @@ def forward_tile(
 
         pl.run_scoped(accumulate, plgpu.ACC((HALF, rows), jnp.float32))  # pyright: ignore
 
+    def step(place, codes_tile, x_tile, total):
+        (span,) = place
+        row = first + group * HALF + row_numbers(of.plain)
+        tile = codes_tile.at[pl.ds(group * HALF, HALF)]
+        pair = weight_tile(tile, found, scales, layer, row, span, x.dtype, of)
+        for half, weight in enumerate(pair):
+            if weights is not None:
+                weights[group, half] = weight
+                plgpu.commit_smem()
+                weight = weights.at[group, half]
+            plgpu.wgmma(total, weight, turned(x_tile).at[pl.ds(half * HALF, HALF)])
+        plgpu.wgmma_wait(0)
+        return total
+
     plgpu.emit_pipeline_warp_specialized(
         step,
-        grid=(columns // SPAN,),
+        grid=(of.columns // SPAN,),
         in_specs=[
-            plgpu.BlockSpec((FEATURES, HALF), lambda s: (0, s), transforms=BYTES),
+            plgpu.BlockSpec((FEATURES, of.span_bytes), lambda s: (0, s), transforms=BYTES),
             plgpu.BlockSpec((rows, SPAN), lambda s: (0, s), transforms=HALVES),
         ],
-        max_concurrent_steps=min(steps, columns // SPAN),
+        max_concurrent_steps=min(steps, of.columns // SPAN),
         memory_registers=MEMORY_REGISTERS,
         wg_axis="group",
         num_compute_wgs=GROUPS,
@@ -257,37 +269,21 @@ def forward_tile(
 
 
 def gradient_tile(
-    g, layer_ref, codes, words_ref, *refs, weights, ready, block, rows, steps, entry, plain
+    g, layer_ref, codes, book, *refs, weights, ready, table=None, rows, steps, of
 ) -> None:
     """``2 * rows`` x 128 of the gradient, along all of N; each warp group has ``rows`` of them."""
     *scales, dx = refs
-    features, columns = codes.shape[1], 2 * codes.shape[2]
+    features = codes.shape[1]
     group = lax.axis_index("group")
     span = lax.axis_index("spans")
     first = lax.axis_index("rows") * GROUPS * rows
     layer = layer_ref[0]
-    words = [words_ref[i] for i in range(words_ref.shape[0])]
-
-    def step(place, codes_tile, g_tile, total):
-        (n,) = place
-        row = n * FEATURES + group * HALF + row_numbers(plain)
-        slot = lax.rem(n, 2)
-        tile = codes_tile.at[pl.ds(group * HALF, HALF)]
-        pair = weight_tile(
-            tile, words, scales, layer, row, span, columns, block, entry, g.dtype, plain
-        )
-        for half, weight in enumerate(pair):
-            target = weights.at[slot, pl.ds(group * HALF, HALF), pl.ds(half * HALF, HALF)]
-            target[...] = weight
-        plgpu.commit_smem()
-        # Who arrives has done with the product of the step before, and so with the other slot.
-        plgpu.barrier_arrive(ready)
-        plgpu.barrier_wait(ready)
-        plgpu.wgmma(total, g_tile.at[pl.ds(group * rows, rows)], weights.at[slot])
-        plgpu.wgmma_wait(0)
-        return total
+    shared = None if table is None else table.at[group]
+    found = table_of(book, shared, of.plain)
 
     def context(run):
+        fill_table(book, shared, of.plain)
+
         def accumulate(total):
             run(total)
             values = total[...].astype(g.dtype)
@@ -303,11 +299,28 @@ def gradient_tile(
 
         pl.run_scoped(accumulate, plgpu.ACC((rows, SPAN), jnp.float32))  # pyright: ignore
 
+    def step(place, codes_tile, g_tile, total):
+        (n,) = place
+        row = n * FEATURES + group * HALF + row_numbers(of.plain)
+        slot = lax.rem(n, 2)
+        tile = codes_tile.at[pl.ds(group * HALF, HALF)]
+        pair = weight_tile(tile, found, scales, layer, row, span, g.dtype, of)
+        for half, weight in enumerate(pair):
+            target = weights.at[slot, pl.ds(group * HALF, HALF), pl.ds(half * HALF, HALF)]
+            target[...] = weight
+        plgpu.commit_smem()
+        # Who arrives has done with the product of the step before, and so with the other slot.
+        plgpu.barrier_arrive(ready)
+        plgpu.barrier_wait(ready)
+        plgpu.wgmma(total, g_tile.at[pl.ds(group * rows, rows)], weights.at[slot])
+        plgpu.wgmma_wait(0)
+        return total
+
     plgpu.emit_pipeline_warp_specialized(
         step,
         grid=(features // FEATURES,),
         in_specs=[
-            plgpu.BlockSpec((FEATURES, HALF), lambda n: (n, span), transforms=BYTES),
+            plgpu.BlockSpec((FEATURES, of.span_bytes), lambda n: (n, span), transforms=BYTES),
             plgpu.BlockSpec((GROUPS * rows, FEATURES), lambda n: (0, n), transforms=HALVES),
         ],
         max_concurrent_steps=min(steps, features // FEATURES),

@@ -2,20 +2,18 @@
 
 A few rows: one kernel without tensor cores (``triton_vector``), bound by the reading of codes. Some
 more: a fused kernel (``triton_fused``) that feeds what it decodes to the tensor cores. Many: the
-matrix is decoded once by the decoding kernel and multiplied by the vendor's GEMM, because a fused
-kernel would decode it again for every tile of rows. Where they change over: ``tuning``.
+matrix is decoded once (``decode_first``). Where they change over: ``tuning``.
 
 Weights are decoded exactly in all of them: fp32 code times fp32 scale, rounded once to ``x.dtype``.
 """
 
+import functools
+
 import jax
-from jax import lax
-from jax.typing import DTypeLike
 
 from jqlora_kernels import triton_tiles, tuning
 from jqlora_kernels.dequantize_blockwise.pallas_triton import dequantize_blockwise
-from jqlora_kernels.quantized_matmul import triton_fused, triton_vector
-from jqlora_kernels.quantized_matmul.reference import contract
+from jqlora_kernels.quantized_matmul import decode_first, triton_fused, triton_vector
 from jqlora_kernels.scales import Nested
 from jqlora_kernels.tuning import Tuning
 
@@ -42,8 +40,8 @@ def quantized_matmul(
     tuned = tuning.here() if tuned is None else tuned
     shape = (features, x.shape[1])
     if x.shape[0] > tuned.fused_rows:
-        operands = (codes, scales, codebook, nested, index)
-        return contract(x, decoded(*operands, shape, block, x.dtype, interpret), 1)
+        decode = functools.partial(dequantize_blockwise, block=block, interpret=interpret)
+        return decode_first.multiply(decode, x, (codes, scales, codebook, nested, index), features)
     check(x, shape, block)
     operands = triton_tiles.flat_operands(codes, scales, codebook, nested, index)
     few = x.shape[0] <= tuned.vector_rows
@@ -68,41 +66,14 @@ def transposed(
     tuned = tuning.here() if tuned is None else tuned
     shape = (g.shape[1], features)
     if g.shape[0] > tuned.fused_rows:
-        # Tied to g, or XLA would keep the forward pass's decoded matrix for this one.
-        codebook, g = lax.optimization_barrier((codebook, g))
         operands = (codes, scales, codebook, nested, index)
-        return contract(g, decoded(*operands, shape, block, g.dtype, interpret), 0)
+        decode = functools.partial(dequantize_blockwise, block=block, interpret=interpret)
+        return decode_first.multiply_transposed(decode, g, operands, features)
     check(g, shape, block)
     operands = triton_tiles.flat_operands(codes, scales, codebook, nested, index)
     return triton_fused.multiply_transposed(
         g, operands, block=block, features=features, interpret=interpret
     )
-
-
-def decoded(
-    codes: jax.Array,
-    scales: jax.Array,
-    codebook: jax.Array,
-    nested: Nested | None,
-    index: jax.Array | None,
-    shape: tuple[int, int],
-    block: int,
-    dtype: DTypeLike,
-    interpret: bool,
-) -> jax.Array:
-    """The decoded matrix [N, K] = ``shape``."""
-    values = dequantize_blockwise(
-        codes,
-        scales,
-        codebook,
-        nested,
-        index,
-        block=block,
-        columns=shape[0] * shape[1] // codes.shape[-2],
-        dtype=dtype,
-        interpret=interpret,
-    )
-    return values.reshape(shape)
 
 
 def check(x: jax.Array, shape: tuple[int, int], block: int) -> None:

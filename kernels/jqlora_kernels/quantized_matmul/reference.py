@@ -40,7 +40,7 @@ def quantized_matmul(
     rounded to ``x.dtype``, products accumulate in fp32. ``layout`` as in ``dequantize_blockwise``.
     """
     codes, scales, nested = decode.select(codes, scales, nested, index)
-    codes = repack(codes, layout, BITSANDBYTES)
+    codes = repack(codes, layout, BITSANDBYTES, codes_per_byte(codebook))
     if x.shape[1] % block:
         shape = (features, x.shape[1])
         return contract(x, flat_rows(codes, scales, codebook, nested, block, shape, x.dtype), 1)
@@ -68,7 +68,7 @@ def transposed(
     """
     codes, scales, nested = decode.select(codes, scales, nested, index)
     codes, g = lax.optimization_barrier((codes, g))
-    codes = repack(codes, layout, BITSANDBYTES)
+    codes = repack(codes, layout, BITSANDBYTES, codes_per_byte(codebook))
     if features % block:
         shape = (g.shape[1], features)
         return contract(g, flat_rows(codes, scales, codebook, nested, block, shape, g.dtype), 0)
