@@ -14,6 +14,9 @@ import jax.numpy as jnp
 
 from jqlora.errors import CheckpointError
 from jqlora.models.config import LlamaConfig
+from jqlora.models.encoder_config import KINDS as ENCODERS
+from jqlora.models.encoder_config import EncoderConfig
+from jqlora.models.encoder_model import EncoderForTask, build_encoder
 from jqlora.models.kinds import KINDS
 from jqlora.models.llama import LlamaForCausalLM
 from jqlora.models.names import HFName, Naming
@@ -88,7 +91,49 @@ def _llama_family(name: str) -> Family:
     )
 
 
-FAMILIES: tuple[Family, ...] = tuple(_llama_family(name) for name in KINDS)
+def _encoder_family(model_type: str, prefix: str, head: tuple[str, str], **naming: Any) -> Family:
+    """An encoder whose classes in transformers begin with ``prefix``.
+
+    ``head`` is the module of the masked-LM head that has the bias, and that which files may repeat
+    the embedding and the bias in.
+    """
+    base = ENCODERS[model_type].base
+    bias, decoder = head
+    return Family(
+        name=model_type,
+        model_types=(model_type,),
+        heads={
+            f"{prefix}ForMaskedLM": "masked-lm",
+            f"{prefix}ForSequenceClassification": "sequence-classification",
+            f"{prefix}ForTokenClassification": "token-classification",
+            f"{prefix}ForQuestionAnswering": "question-answering",
+        },
+        bare=(f"{prefix}Model",),
+        parse=EncoderConfig.from_hf,
+        build=build_encoder,
+        naming=Naming(
+            stacks=(f"{base}.encoder.layer",),
+            base=base,
+            optional=(f"{base}.pooler",),
+            ties=(
+                (f"{decoder}.weight", f"{base}.embeddings.word_embeddings.weight"),
+                (f"{decoder}.bias", f"{bias}.bias"),
+            ),
+            ignored=(r"embeddings\.position_ids$", *naming.get("ignored", ())),
+        ),
+        module=EncoderForTask,
+    )
+
+
+_BERT_HEAD = ("cls.predictions", "cls.predictions.decoder")
+_ROBERTA_HEAD = ("lm_head", "lm_head.decoder")
+FAMILIES: tuple[Family, ...] = (
+    *(_llama_family(name) for name in KINDS),
+    _encoder_family("bert", "Bert", _BERT_HEAD, ignored=(r"^cls\.seq_relationship\.",)),
+    _encoder_family("roberta", "Roberta", _ROBERTA_HEAD),
+    _encoder_family("xlm-roberta", "XLMRoberta", _ROBERTA_HEAD),
+    _encoder_family("deberta-v2", "DebertaV2", _BERT_HEAD, ignored=(r"^mask_predictions\.",)),
+)
 
 
 def _known() -> str:

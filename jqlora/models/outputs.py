@@ -29,3 +29,23 @@ class CausalLMOutput:
     logits: jax.Array  # [B, T, V] in the compute dtype
     hidden_states: jax.Array | None = None  # [L + 1, B, T, D]
     cache: KVCache | None = None
+
+
+@struct.dataclass
+class EncoderOutput:
+    """Logits [B, T, V] of a masked language model, [B, labels] or [B, T, labels] of a classifier.
+
+    ``hidden_states`` are the embeddings, then the output of each layer.
+    """
+
+    logits: jax.Array
+    hidden_states: jax.Array | None = None  # [L + 1, B, T, D]
+
+
+@struct.dataclass
+class QuestionAnsweringOutput:
+    """How well each token begins and ends the answer, in the compute dtype."""
+
+    start_logits: jax.Array  # [B, T]
+    end_logits: jax.Array  # [B, T]
+    hidden_states: jax.Array | None = None  # [L + 1, B, T, D]

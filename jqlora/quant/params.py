@@ -13,7 +13,8 @@ from jqlora.quant.quantize import quantize
 from jqlora.quant.spec import BlockQuant
 from jqlora.types import Params, Path
 
-SKIP = ("lm_head",)
+SKIP = ("lm_head", "cls", "lm_predictions", "classifier", "score", "qa_outputs", "conv")
+"""What is not quantized unless asked for: output heads of every task, and convolutions."""
 
 
 def is_quantized_path(path: Path, ndim: int, skip: tuple[str, ...] = SKIP) -> bool:

@@ -1,0 +1,58 @@
+"""An encoder's layers one after another: scanned or looped, with or without remat."""
+
+from typing import Any, Literal, get_args
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jqlora.errors import ConfigError
+from jqlora.models.projection import KEPT
+
+Remat = Literal["none", "dots", "full"]
+POLICIES = {"dots": jax.checkpoint_policies.save_only_these_names(KEPT), "full": None}
+
+
+def check_remat(remat: str) -> None:
+    """Raises ConfigError for anything that is no ``Remat``."""
+    if remat not in get_args(Remat):
+        accepted = ", ".join(get_args(Remat))
+        raise ConfigError(f"remat={remat!r} is unknown; accepted: {accepted}")
+
+
+def run_stack(
+    layer: Any,
+    x: jax.Array,
+    shared: Any,
+    *,
+    depth: int,
+    name: str,
+    scan: bool,
+    remat: Remat,
+    **fields: Any,
+) -> tuple[jax.Array, Any]:
+    """x [...] through ``depth`` layers of the class ``layer`` with these ``fields``, as submodules
+    of the module whose compact call this is.
+
+    A layer maps ``(x, shared, first)`` to ``(x, emitted)``, where ``shared`` is the same for all
+    and ``first`` bool [] says that it is the first. Emitted leaves come back stacked [depth, ...].
+    Scanned, the submodule is ``name`` with parameters [depth, ...]; looped, ``name_0`` and so on.
+    """
+    check_remat(remat)
+    if remat != "none":
+        layer = nn.remat(layer, prevent_cse=not scan, policy=POLICIES[remat])
+    first = jnp.arange(depth) == 0
+    if scan:
+        scanned = nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, 0),  # pyright: ignore[reportArgumentType] flax says int
+            length=depth,
+        )
+        return scanned(**fields, name=name)(x, shared, first)
+    emitted = []
+    for i in range(depth):
+        x, item = layer(**fields, name=f"{name}_{i}")(x, shared, first[i])
+        emitted.append(item)
+    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *emitted)

@@ -1,0 +1,159 @@
+"""What an encoder's last states become: the heads, as the checkpoints of each kind have them.
+
+A head is called within the compact module of the whole model and makes its submodules there, under
+the names of the checkpoint.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from jqlora.models.activations import ACTIVATIONS
+from jqlora.models.encoder import dense, norm
+from jqlora.models.encoder_config import EncoderConfig
+
+Types = tuple[tuple[str, Any], ...]
+Attend = Callable[[jax.Array], jax.Array]
+Head = Callable[[EncoderConfig, Types, Attend, jax.Array], jax.Array]
+"""``head(config, types, attend, x)``: states [B, T, D] (or pooled [B, D]) to logits. ``attend``
+holds them against the embeddings of all tokens."""
+
+
+class Transform(nn.Module):
+    """A dense layer, an activation and a norm."""
+
+    config: EncoderConfig
+    types: Types
+    width: int
+    act: str
+    norm_name: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        types = dict(self.types)
+        y = ACTIVATIONS[self.act](dense(x, self.width, "dense", self.config, types))
+        return norm(self.config, types, self.norm_name)(y)
+
+
+class OverVocabulary(Transform):
+    """The transform, then the token embeddings and a bias; ``below`` is the module, if any, that
+    has the transform."""
+
+    below: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, attend: Attend) -> jax.Array:
+        fields = (self.config, self.types, self.width, self.act, self.norm_name)
+        inside = self.below is None
+        x = super().__call__(x) if inside else Transform(*fields, name=self.below)(x)
+        shape, types = (self.config.vocab_size,), dict(self.types)
+        bias = self.param("bias", nn.initializers.zeros, shape, types["param_dtype"])
+        y = attend(x)
+        return y + bias.astype(y.dtype)[None, None]
+
+
+class Holder(nn.Module):
+    """A module that only holds another."""
+
+    head: Callable[..., nn.Module]
+    child: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array, attend: Attend) -> jax.Array:
+        return self.head(name=self.child)(x, attend)
+
+
+def bert_masked(config: EncoderConfig, types: Types, attend: Attend, x: jax.Array) -> jax.Array:
+    """[B, T, V]; DeBERTa's embeddings may be narrower than its states."""
+    width = config.disentangled.embedding_size if config.disentangled else config.hidden_size
+
+    def head(name: str) -> nn.Module:
+        act = config.hidden_act
+        return OverVocabulary(config, types, width, act, "LayerNorm", "transform", name=name)
+
+    return Holder(head, "predictions", name="cls")(x, attend)
+
+
+def roberta_masked(config: EncoderConfig, types: Types, attend: Attend, x: jax.Array) -> jax.Array:
+    """[B, T, V]; the activation is GELU whatever the layers'."""
+    head = OverVocabulary(config, types, config.hidden_size, "gelu", "layer_norm", name="lm_head")
+    return head(x, attend)
+
+
+def deberta_masked(config: EncoderConfig, types: Types, attend: Attend, x: jax.Array) -> jax.Array:
+    """[B, T, V]"""
+    assert config.disentangled is not None
+    if config.disentangled.legacy:
+        return bert_masked(config, types, attend, x)
+
+    def head(name: str) -> nn.Module:
+        width, act = config.hidden_size, config.hidden_act
+        return OverVocabulary(config, types, width, act, "LayerNorm", name=name)
+
+    return Holder(head, "lm_head", name="lm_predictions")(x, attend)
+
+
+def classifier(config: EncoderConfig, types: Types, attend: Attend, x: jax.Array) -> jax.Array:
+    """[..., labels]"""
+    return dense(x, config.num_labels, "classifier", config, dict(types))
+
+
+def qa_outputs(config: EncoderConfig, types: Types, attend: Attend, x: jax.Array) -> jax.Array:
+    """[B, T, 2]: how well each token begins and ends the answer."""
+    return dense(x, 2, "qa_outputs", config, dict(types))
+
+
+class FirstToken(nn.Module):
+    """The first token's state through a dense layer and an activation; then, where ``labels``, to
+    as many logits in the same module."""
+
+    config: EncoderConfig
+    types: Types
+    act: str
+    labels: int = 0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B, T, D] -> [B, D] or [B, labels]."""
+        config, types = self.config, dict(self.types)
+        y = ACTIVATIONS[self.act](dense(x[:, 0], config.hidden_size, "dense", config, types))
+        return dense(y, self.labels, "out_proj", config, types) if self.labels else y
+
+
+def roberta_classifier(
+    config: EncoderConfig, types: Types, attend: Attend, x: jax.Array
+) -> jax.Array:
+    """[B, labels]"""
+    return FirstToken(config, types, "tanh", config.num_labels, name="classifier")(x)
+
+
+def deberta_classifier(
+    config: EncoderConfig, types: Types, attend: Attend, x: jax.Array
+) -> jax.Array:
+    """[B, labels]"""
+    assert config.disentangled is not None
+    pooled = FirstToken(config, types, config.disentangled.pooler_act, name="pooler")(x)
+    return classifier(config, types, attend, pooled)
+
+
+_PER_TOKEN: dict[str, Head] = {
+    "token-classification": classifier,
+    "question-answering": qa_outputs,
+}
+HEADS: dict[str, dict[str, Head]] = {
+    # BERT's pooler belongs to its base
+    "bert": {"masked-lm": bert_masked, "sequence-classification": classifier, **_PER_TOKEN},
+    "roberta": {
+        "masked-lm": roberta_masked,
+        "sequence-classification": roberta_classifier,
+        **_PER_TOKEN,
+    },
+    "deberta": {
+        "masked-lm": deberta_masked,
+        "sequence-classification": deberta_classifier,
+        **_PER_TOKEN,
+    },
+}
+"""Heads by the name of the base and the task."""
