@@ -79,8 +79,11 @@ def lay_out(
             fresh.append(item)
             continue
         found = bnb.find_stored(reader, item.hf, present) if item.path[-1] == "kernel" else None
-        shape = reader.info(item.hf).shape if found is None else tuple(found.matrix_shape[::-1])
         expected = _file_shape(item, dense[item.path].shape)
+        if found is None:
+            shape = reader.info(item.hf).shape
+        else:
+            shape = tuple(found.matrix_shape[::-1] if item.transpose else found.matrix_shape)
         if shape != expected:
             if not replaceable:
                 raise CheckpointError(

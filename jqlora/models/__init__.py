@@ -9,6 +9,8 @@ from jqlora.models.families import (
     family_of,
     task_of,
 )
+from jqlora.models.gpt2 import GPT2LMHeadModel
+from jqlora.models.gpt2_config import GPT2Config
 from jqlora.models.layers import loop_to_scan, scan_to_loop
 from jqlora.models.llama import LlamaForCausalLM
 from jqlora.models.names import HFName, Naming
@@ -20,6 +22,8 @@ __all__ = [
     "TASKS",
     "CausalLMOutput",
     "Family",
+    "GPT2Config",
+    "GPT2LMHeadModel",
     "HFName",
     "KVCache",
     "LlamaConfig",

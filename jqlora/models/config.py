@@ -79,6 +79,13 @@ class LlamaConfig:
         factor = self.rope.option("factor") if self.rope.type == "dynamic" else 1
         return int(self.max_position_embeddings * factor)
 
+    @property
+    def switch(self) -> int | None:
+        """The length beyond which LongRoPE turns everything by other frequencies, or None."""
+        if self.rope.type != "longrope":
+            return None
+        return self.rope.option("original_max_position_embeddings", self.max_position_embeddings)
+
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "LlamaConfig":
         """Parses config.json in the old and the new spelling of transformers.

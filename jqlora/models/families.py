@@ -17,6 +17,8 @@ from jqlora.models.config import LlamaConfig
 from jqlora.models.encoder_config import KINDS as ENCODERS
 from jqlora.models.encoder_config import EncoderConfig
 from jqlora.models.encoder_model import EncoderForTask, build_encoder
+from jqlora.models.gpt2 import GPT2LMHeadModel
+from jqlora.models.gpt2_config import GPT2Config
 from jqlora.models.kinds import KINDS
 from jqlora.models.llama import LlamaForCausalLM
 from jqlora.models.names import HFName, Naming
@@ -65,10 +67,13 @@ def abstract_params(model: Any) -> dict[str, Any]:
     return variables["params"]
 
 
-def _build_llama(
-    config: LlamaConfig, task: str = "causal-lm", dtype: Any = jnp.float32, **options: Any
-) -> nn.Module:
-    return LlamaForCausalLM(config, **{"dtype": dtype, "param_dtype": dtype, **options})
+def _causal(module: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    def build(
+        config: Any, task: str = "causal-lm", dtype: Any = jnp.float32, **options: Any
+    ) -> nn.Module:
+        return module(config, **{"dtype": dtype, "param_dtype": dtype, **options})
+
+    return build
 
 
 _LLAMA_NAMING = Naming(
@@ -85,55 +90,30 @@ def _llama_family(name: str) -> Family:
         model_types=(name,),
         heads={KINDS[name].architecture: "causal-lm"},
         parse=LlamaConfig.from_hf,
-        build=_build_llama,
+        build=_causal(LlamaForCausalLM),
         naming=_LLAMA_NAMING,
         module=LlamaForCausalLM,
     )
 
 
-def _encoder_family(model_type: str, prefix: str, head: tuple[str, str], **naming: Any) -> Family:
-    """An encoder whose classes in transformers begin with ``prefix``.
-
-    ``head`` is the module of the masked-LM head that has the bias, and that which files may repeat
-    the embedding and the bias in.
-    """
-    base = ENCODERS[model_type].base
-    bias, decoder = head
-    return Family(
-        name=model_type,
-        model_types=(model_type,),
-        heads={
-            f"{prefix}ForMaskedLM": "masked-lm",
-            f"{prefix}ForSequenceClassification": "sequence-classification",
-            f"{prefix}ForTokenClassification": "token-classification",
-            f"{prefix}ForQuestionAnswering": "question-answering",
-        },
-        bare=(f"{prefix}Model",),
-        parse=EncoderConfig.from_hf,
-        build=build_encoder,
-        naming=Naming(
-            stacks=(f"{base}.encoder.layer",),
-            base=base,
-            optional=(f"{base}.pooler",),
-            ties=(
-                (f"{decoder}.weight", f"{base}.embeddings.word_embeddings.weight"),
-                (f"{decoder}.bias", f"{bias}.bias"),
-            ),
-            ignored=(r"embeddings\.position_ids$", *naming.get("ignored", ())),
-        ),
-        module=EncoderForTask,
-    )
-
-
-_BERT_HEAD = ("cls.predictions", "cls.predictions.decoder")
-_ROBERTA_HEAD = ("lm_head", "lm_head.decoder")
-FAMILIES: tuple[Family, ...] = (
-    *(_llama_family(name) for name in KINDS),
-    _encoder_family("bert", "Bert", _BERT_HEAD, ignored=(r"^cls\.seq_relationship\.",)),
-    _encoder_family("roberta", "Roberta", _ROBERTA_HEAD),
-    _encoder_family("xlm-roberta", "XLMRoberta", _ROBERTA_HEAD),
-    _encoder_family("deberta-v2", "DebertaV2", _BERT_HEAD, ignored=(r"^mask_predictions\.",)),
+_GPT2 = Family(
+    name="gpt2",
+    model_types=("gpt2",),
+    heads={"GPT2LMHeadModel": "causal-lm"},
+    bare=("GPT2Model",),
+    parse=GPT2Config.from_hf,
+    build=_causal(GPT2LMHeadModel),
+    naming=Naming(
+        stacks=("transformer.h",),
+        base="transformer",
+        in_out=("c_attn", "c_proj", "c_fc"),
+        ties=(("lm_head.weight", "transformer.wte.weight"),),
+        ignored=(r"\.attn\.(bias|masked_bias)$",),
+    ),
+    module=GPT2LMHeadModel,
 )
+
+FAMILIES: tuple[Family, ...] = (*(_llama_family(name) for name in KINDS), _GPT2)
 
 
 def _known() -> str:

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-STACKED = "layers"
-NUMBERED = re.compile(r"layers_(\d+)")
+STACKED = ("layers", "layer", "h")
+"""What checkpoints call a list of layers."""
+NUMBERED = re.compile(rf"({'|'.join(STACKED)})_(\d+)")
 
 
 def scan_to_loop(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -19,10 +20,10 @@ def scan_to_loop(params: Mapping[str, Any]) -> dict[str, Any]:
     """
     loop: dict[str, Any] = {}
     for name, node in params.items():
-        if name == STACKED:
+        if name in STACKED:
             depth = jax.tree.leaves(node)[0].shape[0]
             for i in range(depth):
-                loop[f"{STACKED}_{i}"] = jax.tree.map(lambda leaf, i=i: leaf[i], node)
+                loop[f"{name}_{i}"] = jax.tree.map(lambda leaf, i=i: leaf[i], node)
         else:
             loop[name] = scan_to_loop(node) if isinstance(node, Mapping) else node
     return loop
@@ -30,15 +31,18 @@ def scan_to_loop(params: Mapping[str, Any]) -> dict[str, Any]:
 
 def loop_to_scan(params: Mapping[str, Any]) -> dict[str, Any]:
     """Inverse of :func:`scan_to_loop`; raises ValueError where layer numbers have gaps."""
-    numbered = {int(m[1]): n for name, n in params.items() if (m := NUMBERED.fullmatch(name))}
+    numbered: dict[str, dict[int, Any]] = {}
+    for name, node in params.items():
+        if match := NUMBERED.fullmatch(name):
+            numbered.setdefault(match[1], {})[int(match[2])] = node
     scan = {
         name: loop_to_scan(node) if isinstance(node, Mapping) else node
         for name, node in params.items()
         if not NUMBERED.fullmatch(name)
     }
-    if numbered:
-        if sorted(numbered) != list(range(len(numbered))):
-            raise ValueError(f"layers {sorted(numbered)} do not count from 0 without gaps")
-        nodes = [numbered[i] for i in range(len(numbered))]
-        scan[STACKED] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *nodes)
+    for name, layers in numbered.items():
+        if sorted(layers) != list(range(len(layers))):
+            raise ValueError(f"{name} {sorted(layers)} do not count from 0 without gaps")
+        nodes = [layers[i] for i in range(len(layers))]
+        scan[name] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *nodes)
     return scan

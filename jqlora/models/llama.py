@@ -5,13 +5,12 @@ adapters or quantization: projections are ``nn.Dense``, the embedding is ``nn.Em
 """
 
 import functools
-from typing import Any, Literal, get_args
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jqlora.errors import ConfigError
 from jqlora.models.activations import ACTIVATIONS
 from jqlora.models.attention import Attention, LayerCache
 from jqlora.models.config import LlamaConfig
@@ -19,12 +18,10 @@ from jqlora.models.masks import Attending, Tables
 from jqlora.models.norm import RMSNorm
 from jqlora.models.outputs import CausalLMOutput, KVCache
 from jqlora.models.preparation import append, attending_for, tokens_of
-from jqlora.models.projection import KEPT, project
+from jqlora.models.projection import project
 from jqlora.models.rope import Rope, rope_tables
 from jqlora.models.self_attention import SelfAttention
-
-Remat = Literal["none", "dots", "full"]
-POLICIES = {"dots": jax.checkpoint_policies.save_only_these_names(KEPT), "full": None}
+from jqlora.models.stack import Remat, check_options, run, stacked
 
 
 class MLP(nn.Module):
@@ -107,12 +104,7 @@ class LlamaModel(nn.Module):
     attention: Attention
 
     def setup(self) -> None:
-        for name, value, accepted in (
-            ("remat", self.remat, get_args(Remat)),
-            ("attention", self.attention, ("auto", "xla", "cudnn")),
-        ):
-            if value not in accepted:
-                raise ConfigError(f"{name}={value!r} is unknown; accepted: {', '.join(accepted)}")
+        check_options(self.remat, self.attention)
         config = self.config
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         self.embed_tokens = nn.Embed(
@@ -121,23 +113,15 @@ class LlamaModel(nn.Module):
             embedding_init=nn.initializers.normal(config.initializer_range),
             **types,
         )
-        layer: Any = DecoderLayer
-        if self.remat != "none":
-            layer = nn.remat(layer, prevent_cse=not self.scan, policy=POLICIES[self.remat])
-        if self.scan:
-            layer = nn.scan(
-                layer,
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                in_axes=(nn.broadcast, 0, 0),  # pyright: ignore[reportArgumentType] flax says int
-                length=config.num_hidden_layers,
-            )
-            self.layers = layer(config, attention=self.attention, **types)
-        else:
-            self.layers = [
-                layer(config, attention=self.attention, **types)
-                for _ in range(config.num_hidden_layers)
-            ]
+        self.layers = stacked(
+            DecoderLayer,
+            config.num_hidden_layers,
+            scan=self.scan,
+            remat=self.remat,
+            config=config,
+            attention=self.attention,
+            **types,
+        )
         self.norm = _norm(config, **types)
 
     def __call__(
@@ -149,16 +133,7 @@ class LlamaModel(nn.Module):
             x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
         embedded = x
         windowed = jnp.asarray(self.config.windowed)
-        if self.scan:
-            scanned: Any = self.layers
-            x, (fresh, hidden) = scanned(x, attending, windowed, cache)
-        else:
-            emitted = []
-            for i, layer in enumerate(self.layers):
-                layer_cache = None if cache is None else (cache[0][i], cache[1][i])
-                x, item = layer(x, attending, windowed[i], layer_cache)
-                emitted.append(item)
-            fresh, hidden = jax.tree.map(lambda *leaves: jnp.stack(leaves), *emitted)
+        x, (fresh, hidden) = run(self.layers, x, attending, windowed, cache)
         x = self.norm(x)
         if hidden is not None:
             hidden = jnp.concatenate([embedded[None], hidden[:-1], x[None]])
@@ -257,14 +232,8 @@ class LlamaForCausalLM(nn.Module):
     def init_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache for ``length`` tokens (padding included) of ``batch`` rows."""
         config = self.config
-        shape = (config.num_hidden_layers, batch, length)
-        empty = jnp.zeros((*shape, config.num_key_value_heads, config.head_dim), self.dtype)
-        return KVCache(
-            keys=empty,
-            values=empty,
-            segment_ids=jnp.zeros((batch, length), jnp.int32),
-            length=jnp.zeros((), jnp.int32),
-        )
+        heads = (config.num_key_value_heads, config.head_dim)
+        return KVCache.empty((config.num_hidden_layers, batch, length, *heads), self.dtype)
 
     def example_inputs(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of the smallest call, to trace the model without data."""

@@ -1,4 +1,4 @@
-"""Root-mean-square normalization, rounded where transformers rounds it."""
+"""Normalization over features, rounded where transformers rounds it."""
 
 from typing import Any
 
@@ -31,3 +31,27 @@ class RMSNorm(nn.Module):
         if self.unit_offset:
             return (normal * (1 + scale.astype(jnp.float32))).astype(self.dtype)
         return normal.astype(self.dtype) * scale.astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """``scale · (x - mean) / sqrt(variance + eps) + bias`` over the last axis (arXiv:1607.06450).
+
+    All of it is float32 and rounded once, as in torch. ``nn.LayerNorm`` would promote dtypes
+    silently, and takes the variance as a difference of two large numbers.
+    """
+
+    eps: float
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (1,) * (x.ndim - 1) + (-1,)
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
+        wide = x.astype(jnp.float32)
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        normal = wide * jax.lax.rsqrt(variance + self.eps)
+        scale, bias = (leaf.astype(jnp.float32).reshape(shape) for leaf in (scale, bias))
+        return (normal * scale + bias).astype(self.dtype)

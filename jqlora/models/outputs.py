@@ -1,7 +1,9 @@
 """What a causal language model returns, and what it remembers between calls."""
 
 import jax
+import jax.numpy as jnp
 from flax import struct
+from jax.typing import DTypeLike
 
 
 @struct.dataclass
@@ -16,6 +18,16 @@ class KVCache:
     values: jax.Array  # [L, B, S, KV, head_dim]
     segment_ids: jax.Array  # int32 [B, S]: 0 where a slot is empty or padding
     length: jax.Array  # int32 []
+
+    @classmethod
+    def empty(cls, shape: tuple[int, int, int, int, int], dtype: DTypeLike) -> "KVCache":
+        """A cache of this shape [L, B, S, KV, head_dim] with nothing in it."""
+        return cls(
+            keys=jnp.zeros(shape, dtype),
+            values=jnp.zeros(shape, dtype),
+            segment_ids=jnp.zeros(shape[1:3], jnp.int32),
+            length=jnp.zeros((), jnp.int32),
+        )
 
 
 @struct.dataclass

@@ -5,7 +5,6 @@ import pytest
 from jqlora.errors import CheckpointError
 from jqlora.models import (
     FAMILIES,
-    LlamaConfig,
     LlamaForCausalLM,
     family_for,
     family_of,
@@ -17,8 +16,12 @@ from tests.models.variants import LLAMA3, ROWS, TINY, YARN
 every_variant = pytest.mark.parametrize("name", ROWS)
 
 
-def parsed(name="llama2_mha", **changes) -> LlamaConfig:
-    return LlamaConfig.from_hf(TINY | ROWS[name] | changes)
+def parse(hf):
+    return family_of(hf).parse(hf)
+
+
+def parsed(name="llama2_mha", **changes):
+    return parse(TINY | ROWS[name] | changes)
 
 
 @every_variant
@@ -27,9 +30,10 @@ def parsed(name="llama2_mha", **changes) -> LlamaConfig:
 def test_configs_survive_writing_and_reading_in_both_spellings(name, spelling, changes):
     config = parsed(name, **changes)
     written = config.to_hf(spelling)
-    assert LlamaConfig.from_hf(written) == config
+    assert parse(written) == config
     old_keys = {"rope_theta", "rope_scaling", "torch_dtype"} & set(written)
-    assert bool(old_keys) == (spelling == "old")
+    new_keys = {"rope_parameters", "dtype"} & set(written)
+    assert not (new_keys if spelling == "old" else old_keys)
 
 
 @pytest.mark.parity
@@ -39,7 +43,7 @@ def test_transformers_reads_the_same_from_what_is_written(name, spelling):
     transformers = pytest.importorskip("transformers")
     config = parsed(name, dtype="float16")
     theirs = transformers.AutoConfig.for_model(**config.to_hf(spelling))
-    assert LlamaConfig.from_hf(theirs.to_dict()) == config
+    assert parse(theirs.to_dict()) == config
 
 
 @pytest.mark.parametrize(
@@ -81,7 +85,7 @@ def test_both_spellings_of_the_dtype_are_read():
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("model_type", KINDS)
+@pytest.mark.parametrize("model_type", [*KINDS, "gpt2"])
 def test_absent_keys_take_the_defaults_of_transformers(model_type):
     transformers = pytest.importorskip("transformers")
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
@@ -90,7 +94,7 @@ def test_absent_keys_take_the_defaults_of_transformers(model_type):
     kept |= {"pad_token_id": 0}
     kept |= {"use_sliding_window": True} if model_type in ("qwen2", "qwen3") else {}
     theirs = transformers.AutoConfig.for_model(**kept).to_dict()
-    assert LlamaConfig.from_hf(kept) == LlamaConfig.from_hf(theirs)
+    assert parse(kept) == parse(theirs)
 
 
 REFUSED = [
@@ -137,6 +141,8 @@ REFUSED = [
     ({"bos_token_id": [1, 2]}, r"bos_token_id=\[1, 2\].*one token id"),
     ({"rms_norm_eps": -1}, r"rms_norm_eps=-1"),
     ({"model_type": "gpt_bigcode"}, r"model_type='gpt_bigcode'.*llama.*qwen2"),
+    ({"model_type": "gpt2", "n_embd": 34}, r"n_embd=34.*n_head=4"),
+    ({"model_type": "gpt2", "add_cross_attention": True}, r"add_cross_attention=True.*False"),
     ({"model_type": "mistral", "layer_types": ["full_attention"] * 3}, "layer_types"),
     ({"model_type": "qwen2", "layer_types": ["full_attention"]}, r"layer_types.*each of 3"),
     ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 3}, "use_sliding_window"),
@@ -160,7 +166,7 @@ def test_a_config_and_its_model_belong_to_one_family(name):
 @pytest.mark.parametrize(
     "hf",
     [
-        {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
+        {"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"]},
         {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]},
         {},
     ],

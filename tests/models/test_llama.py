@@ -139,6 +139,7 @@ def test_bf16_strays_from_float32_no_further_than_transformers_does(name):
 
 def fresh_rope(hf):
     """The model with transformers' memory of earlier sequence lengths (dynamic NTK) erased."""
-    rotary = hf.model.rotary_emb
-    hf.model.rotary_emb = type(rotary)(hf.config)
+    if hasattr(hf.base_model, "rotary_emb"):
+        rotary = hf.base_model.rotary_emb
+        hf.base_model.rotary_emb = type(rotary)(hf.config)
     return hf

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jqlora.models import LlamaForCausalLM, family_of
+from jqlora.models import family_of
 from jqlora.tree import unflatten
 
 TINY = {
@@ -155,13 +155,22 @@ ROWS: dict[str, dict[str, Any]] = {
             partial_rotary_factor=0.75,
         ),
     },
+    "gpt2": {"model_type": "gpt2", "tie_word_embeddings": True},
+    "gpt2_scaled_by_layer": {
+        "model_type": "gpt2",
+        "n_inner": 40,
+        "activation_function": "relu",
+        "scale_attn_by_inverse_layer_idx": True,
+        "reorder_and_upcast_attn": True,
+        "layer_norm_epsilon": 1e-3,
+    },
 }
 
 
 class Checkpoint(NamedTuple):
     hf: Any  # transformers' model, float32, eager attention
     config: dict[str, Any]  # as transformers writes config.json
-    model: LlamaForCausalLM
+    model: Any
     params: dict[str, Any]
 
 
@@ -189,7 +198,7 @@ def checkpoint(name: str) -> Checkpoint:
     generator = torch.Generator().manual_seed(sum(name.encode()))
     with torch.no_grad():
         for key, weight in hf.named_parameters():
-            center, spread = (1.0, 0.2) if "norm" in key else (0.0, 0.25)
+            center, spread = (1.0, 0.2) if "norm" in key or ".ln_" in key else (0.0, 0.25)
             weight.normal_(center, spread, generator=generator)
     written = config.to_dict() | {"architectures": [type(hf).__name__]}
     family = family_of(written)
