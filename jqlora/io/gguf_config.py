@@ -1,6 +1,7 @@
 """A Hugging Face config out of the metadata of a GGUF file."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,18 @@ from gguf import GGMLQuantizationType, GGUFReader
 from jqlora.errors import CheckpointError
 from jqlora.io.readers.gguf import field
 
-_MODEL_TYPES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+_MODEL_TYPES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3": "Gemma3ForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+}
+# The one size of each Gemma whose scores are scaled by another width than a head's: llama.cpp too
+# tells it by its number of layers.
+_LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
 # Llama 3.1 and later all share these; GGUF keeps only what follows from them.
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -39,12 +51,20 @@ def config_from_gguf(reader: GGUFReader) -> dict[str, Any]:
     if "token_embd.weight" not in tensors:
         raise CheckpointError("the GGUF file has no tensor 'token_embd.weight'")
     heads = value("attention.head_count")
+    shared = {
+        "architectures": [_MODEL_TYPES[kind]],
+        "vocab_size": int(tensors["token_embd.weight"].shape[1]),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "torch_dtype": _matrix_dtype(reader),
+    }
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        shared[f"{name}_token_id"] = field(reader, f"tokenizer.ggml.{key}_token_id", None)
+    if kind == "gpt2":
+        return shared | _gpt2(value)
     head_dim = value("attention.key_length", value("embedding_length") // heads)
     theta = value("rope.freq_base", 10000.0)
     config = {
         "model_type": kind,
-        "architectures": [_MODEL_TYPES[kind]],
-        "vocab_size": int(tensors["token_embd.weight"].shape[1]),
         "hidden_size": value("embedding_length"),
         "intermediate_size": value("feed_forward_length"),
         "num_hidden_layers": value("block_count"),
@@ -56,12 +76,43 @@ def config_from_gguf(reader: GGUFReader) -> dict[str, Any]:
         "rms_norm_eps": _shortest(value("attention.layer_norm_rms_epsilon")),
         "rope_theta": theta,
         "rope_scaling": _rope_scaling(reader, kind, head_dim, theta),
-        "tie_word_embeddings": "output.weight" not in tensors,
-        "torch_dtype": _matrix_dtype(reader),
     }
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        config[f"{name}_token_id"] = field(reader, f"tokenizer.ggml.{key}_token_id", None)
-    return config
+    if kind.startswith("gemma"):
+        config |= _gemma(kind, value, head_dim)
+    return shared | config
+
+
+def _gpt2(value: Callable[..., Any]) -> dict[str, Any]:
+    return {
+        "model_type": "gpt2",
+        "n_embd": value("embedding_length"),
+        "n_inner": value("feed_forward_length"),
+        "n_layer": value("block_count"),
+        "n_head": value("attention.head_count"),
+        "n_positions": value("context_length"),
+        "layer_norm_epsilon": _shortest(value("attention.layer_norm_epsilon")),
+    }
+
+
+def _gemma(kind: str, value: Callable[..., Any], head_dim: int) -> dict[str, Any]:
+    """What a Gemma's config says beyond a Llama's; the rest is the same in all sizes."""
+    activation = "gelu_pytorch_tanh"
+    if kind == "gemma":
+        return {"hidden_act": activation}
+    scalar = head_dim
+    if value("block_count") == _LAYERS_OF_27B[kind]:
+        scalar = value("embedding_length") // value("attention.head_count")
+    caps = {
+        "attn_logit_softcapping": value("attn_logit_softcapping", None),
+        "final_logit_softcapping": value("final_logit_softcapping", None),
+    }
+    return {
+        **caps,
+        "model_type": {"gemma2": "gemma2", "gemma3": "gemma3_text"}[kind],
+        "hidden_activation": activation,
+        "query_pre_attn_scalar": scalar,
+        "sliding_window": value("attention.sliding_window"),
+    }
 
 
 def _shortest(value: float) -> float:

@@ -1,13 +1,11 @@
 """Weights of a ``.gguf`` file under their Hugging Face names.
 
-llama.cpp keeps HF's (out, in) orientation, with two differences: names, and for the llama
-architecture the rows of the query and key projections, which it reorders so that the two halves
-that a rotary embedding pairs lie next to each other. Block-quantized tensors are decoded to
-float32, exactly, by the ``gguf`` package, a few rows at a time so that its temporaries stay small.
+What llama.cpp stores differently from HF is undone here, by ``gguf_names``. Block-quantized tensors
+are decoded to float32, exactly, by the ``gguf`` package, a few rows at a time so that its
+temporaries stay small.
 """
 
 import functools
-import re
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +15,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, dequantize
 
 from jqlora.errors import CheckpointError
 from jqlora.io.readers.base import TensorInfo
+from jqlora.io.readers.gguf_names import ARCHITECTURES
 
-_TOP = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
-_IN_BLOCK = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
-_PERMUTED = {"llama"}  # architectures whose query and key rows llama.cpp interleaves
 _NOT_WEIGHTS = {"rope_freqs.weight"}  # part of the config, see gguf_config
 _PLAIN: dict[GGMLQuantizationType, np.dtype] = {
     GGMLQuantizationType.F32: np.dtype(np.float32),
@@ -109,29 +91,31 @@ class GGUFTensors:
     def __init__(self, path: Path, reader: GGUFReader):
         self.path = path
         architecture = field(reader, "general.architecture")
+        self._stored = ARCHITECTURES[architecture]
         self._heads: dict[str, int] = {}
-        if architecture in _PERMUTED:
+        if self._stored.interleaved:
             heads = field(reader, f"{architecture}.attention.head_count")
             self._heads = {
                 "q_proj": heads,
                 "k_proj": field(reader, f"{architecture}.attention.head_count_kv", heads),
             }
-        self._tensors = {hf_name(t.name): t for t in reader.tensors if t.name not in _NOT_WEIGHTS}
+        weights = [tensor for tensor in reader.tensors if tensor.name not in _NOT_WEIGHTS]
+        self._tensors = {self._stored.hf_name(tensor.name): tensor for tensor in weights}
 
     def names(self) -> list[str]:
         return list(self._tensors)
 
     def info(self, name: str) -> TensorInfo:
         tensor = self._tensors[name]
-        shape = tuple(int(n) for n in reversed(tensor.shape))
+        shape = self._file_shape(name)
+        shape = shape[::-1] if self._is_turned(name) else shape
         return TensorInfo(shape, _PLAIN.get(tensor.tensor_type, np.dtype(np.float32)))
 
     def where(self, name: str) -> str:
         return str(self.path)
 
     def read(self, name: str) -> np.ndarray:
-        tensor = self._tensors[name]
-        shape, dtype = self.info(name)
+        tensor, shape = self._tensors[name], self._file_shape(name)
         raw = np.fromfile(self.path, np.uint8, tensor.n_bytes, offset=tensor.data_offset)
         if raw.size != tensor.n_bytes:
             raise CheckpointError(f"{self.path} was truncated while reading tensor {name!r}")
@@ -140,8 +124,18 @@ class GGUFTensors:
         if heads:
             rows = unpermute(rows, heads)
         if tensor.tensor_type in _PLAIN:
-            return rows.view(dtype).reshape(shape)
-        return self._decode(name, rows.reshape(-1, rows.shape[-1]), shape)
+            value = rows.view(_PLAIN[tensor.tensor_type]).reshape(shape)
+        else:
+            value = self._decode(name, rows.reshape(-1, rows.shape[-1]), shape)
+        if self._stored.norm_offset and name.endswith("norm.weight"):
+            value = value - value.dtype.type(self._stored.norm_offset)
+        return value.T if self._is_turned(name) else value
+
+    def _file_shape(self, name: str) -> tuple[int, ...]:
+        return tuple(int(n) for n in reversed(self._tensors[name].shape))
+
+    def _is_turned(self, name: str) -> bool:
+        return name.endswith(".weight") and name.split(".")[-2] in self._stored.in_out
 
     def _decode(self, name: str, rows: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         kind = self._tensors[name].tensor_type
@@ -156,18 +150,6 @@ class GGUFTensors:
                 "cannot decode; convert the model to Q8_0, Q4_K or F16"
             ) from None
         return out.reshape(shape)
-
-
-def hf_name(name: str) -> str:
-    """``blk.3.attn_q.weight`` → ``model.layers.3.self_attn.q_proj.weight``.
-
-    A name without a counterpart is returned as it is, to be reported as an extra tensor.
-    """
-    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
-    if match and match[2] in _IN_BLOCK:
-        return f"model.layers.{match[1]}.{_IN_BLOCK[match[2]]}.{match[3]}"
-    stem, _, kind = name.rpartition(".")
-    return f"{_TOP[stem]}.{kind}" if stem in _TOP else name
 
 
 def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
