@@ -10,7 +10,8 @@ from flax import struct
 from jqlora.models.attention import implementation
 from jqlora.models.encoder import Embeddings, EncoderLayer, dense
 from jqlora.models.encoder_config import EncoderConfig
-from jqlora.models.encoder_stack import Remat, run_stack
+from jqlora.models.encoder_stack import run_stack
+from jqlora.models.stack import Remat
 
 
 @struct.dataclass

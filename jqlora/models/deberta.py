@@ -20,8 +20,9 @@ from jqlora.models.activations import ACTIVATIONS
 from jqlora.models.disentangled import Disentangled
 from jqlora.models.encoder import Embeddings, EncoderLayer, norm
 from jqlora.models.encoder_config import EncoderConfig
-from jqlora.models.encoder_stack import Remat, run_stack
+from jqlora.models.encoder_stack import run_stack
 from jqlora.models.projection import KEPT
+from jqlora.models.stack import Remat
 
 
 @struct.dataclass

@@ -10,9 +10,9 @@ from jqlora.errors import CheckpointError
 from jqlora.models.bert import BertModel
 from jqlora.models.deberta import DebertaModel
 from jqlora.models.encoder_config import EncoderConfig
-from jqlora.models.encoder_stack import Remat
 from jqlora.models.heads import HEADS
 from jqlora.models.outputs import EncoderOutput, QuestionAnsweringOutput
+from jqlora.models.stack import Remat
 
 
 class EncoderForTask(nn.Module):

@@ -1,23 +1,12 @@
 """An encoder's layers one after another: scanned or looped, with or without remat."""
 
-from typing import Any, Literal, get_args
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jqlora.errors import ConfigError
-from jqlora.models.projection import KEPT
-
-Remat = Literal["none", "dots", "full"]
-POLICIES = {"dots": jax.checkpoint_policies.save_only_these_names(KEPT), "full": None}
-
-
-def check_remat(remat: str) -> None:
-    """Raises ConfigError for anything that is no ``Remat``."""
-    if remat not in get_args(Remat):
-        accepted = ", ".join(get_args(Remat))
-        raise ConfigError(f"remat={remat!r} is unknown; accepted: {accepted}")
+from jqlora.models.stack import POLICIES, Remat, check_options
 
 
 def run_stack(
@@ -38,7 +27,7 @@ def run_stack(
     and ``first`` bool [] says that it is the first. Emitted leaves come back stacked [depth, ...].
     Scanned, the submodule is ``name`` with parameters [depth, ...]; looped, ``name_0`` and so on.
     """
-    check_remat(remat)
+    check_options(remat, "auto")
     if remat != "none":
         layer = nn.remat(layer, prevent_cse=not scan, policy=POLICIES[remat])
     first = jnp.arange(depth) == 0

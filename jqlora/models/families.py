@@ -113,7 +113,51 @@ _GPT2 = Family(
     module=GPT2LMHeadModel,
 )
 
-FAMILIES: tuple[Family, ...] = (*(_llama_family(name) for name in KINDS), _GPT2)
+
+def _encoder_family(model_type: str, prefix: str, head: tuple[str, str], **naming: Any) -> Family:
+    """An encoder whose classes in transformers begin with ``prefix``.
+
+    ``head`` is the module of the masked-LM head that has the bias, and that which files may repeat
+    the embedding and the bias in.
+    """
+    base = ENCODERS[model_type].base
+    bias, decoder = head
+    return Family(
+        name=model_type,
+        model_types=(model_type,),
+        heads={
+            f"{prefix}ForMaskedLM": "masked-lm",
+            f"{prefix}ForSequenceClassification": "sequence-classification",
+            f"{prefix}ForTokenClassification": "token-classification",
+            f"{prefix}ForQuestionAnswering": "question-answering",
+        },
+        bare=(f"{prefix}Model",),
+        parse=EncoderConfig.from_hf,
+        build=build_encoder,
+        naming=Naming(
+            stacks=(f"{base}.encoder.layer",),
+            base=base,
+            optional=(f"{base}.pooler",),
+            ties=(
+                (f"{decoder}.weight", f"{base}.embeddings.word_embeddings.weight"),
+                (f"{decoder}.bias", f"{bias}.bias"),
+            ),
+            ignored=(r"embeddings\.position_ids$", *naming.get("ignored", ())),
+        ),
+        module=EncoderForTask,
+    )
+
+
+_BERT_HEAD = ("cls.predictions", "cls.predictions.decoder")
+_ROBERTA_HEAD = ("lm_head", "lm_head.decoder")
+FAMILIES: tuple[Family, ...] = (
+    *(_llama_family(name) for name in KINDS),
+    _GPT2,
+    _encoder_family("bert", "Bert", _BERT_HEAD, ignored=(r"^cls\.seq_relationship\.",)),
+    _encoder_family("roberta", "Roberta", _ROBERTA_HEAD),
+    _encoder_family("xlm-roberta", "XLMRoberta", _ROBERTA_HEAD),
+    _encoder_family("deberta-v2", "DebertaV2", _BERT_HEAD, ignored=(r"^mask_predictions\.",)),
+)
 
 
 def _known() -> str:
