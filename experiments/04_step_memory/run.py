@@ -27,9 +27,9 @@ import jax.numpy as jnp
 
 import jqlora as jq
 from jqlora.models import LlamaConfig, LlamaForCausalLM, abstract_params
-from jqlora.optim.offload import SMALLEST
+from jqlora.optim.residence import planned, planned_residence
 from jqlora.quant import quantize_params
-from jqlora.train.placement import compiled_bytes
+from jqlora.train.placement import compiled_bytes, lower_on
 from jqlora_kernels import aot
 from jqlora_kernels.aot_targets import TARGETS
 
@@ -50,7 +50,7 @@ STATES = {
 
 
 def compiled(sizes: dict, options: dict, tokens: int, rank: int, target: str):
-    """The compiled step, and the bytes of the optimizer's state on the device and on the host."""
+    """The compiled step, and where how many bytes of the optimizer's state are in it."""
     heads = sizes["hidden_size"] // 128
     config = LlamaConfig(
         vocab_size=32000,
@@ -65,29 +65,15 @@ def compiled(sizes: dict, options: dict, tokens: int, rank: int, target: str):
     plan = jq.plan(model, params, jq.LoRA(rank=rank, targets="all-linear"))
     tx = jq.optim.adamw(1e-4, **options)
     key = jax.random.key(0)
-    state = jax.eval_shape(lambda: jq.TrainState.create(jq.init(key, plan), tx, key))
-    mesh = aot.mesh(TARGETS[target])
-    device = jax.NamedSharding(mesh, jax.P())
-    # a mesh of absent devices forgets memory kinds, an abstract one keeps them
-    host = jax.NamedSharding(mesh.abstract_mesh, jax.P(), memory_kind="pinned_host")
-    sizes_by_home = {"device": 0, "host": 0}
 
-    def placed(leaf, sharding=device):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    def create():
+        return jq.TrainState.create(jq.init(key, plan), tx, key)
 
-    def moment(leaf):
-        away = options.get("offload") == "all" and leaf.size >= SMALLEST
-        sizes_by_home["host" if away else "device"] += leaf.size * leaf.dtype.itemsize
-        return placed(leaf, host if away else device)
-
-    opt_state = jax.tree.map(moment, state.opt_state)
-    state = jax.tree.map(placed, state).replace(opt_state=opt_state)
-    row = jax.ShapeDtypeStruct((1, tokens), jnp.int32, sharding=device)
-    names = ("input_ids", "positions", "segment_ids", "loss_mask")
+    row = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+    batch = dict.fromkeys(("input_ids", "positions", "segment_ids", "loss_mask"), row)
     step = jq.make_train_step(jq.bind(model, plan), tx)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        lowered = step.lower(state, jax.tree.map(placed, params), dict.fromkeys(names, row))
-        return lowered.compile(), sizes_by_home
+    homes = planned_residence(*planned(lambda: create().opt_state))
+    return lower_on(aot.mesh(TARGETS[target]), step, create, params, batch).compile(), homes
 
 
 def main() -> None:
@@ -115,9 +101,9 @@ def main() -> None:
                 "device": arguments.device,
                 "device_gib": compiled_bytes(program) / GIB,
                 "temporaries_gib": memory.temp_size_in_bytes / GIB,
-                "state_on_device_gib": homes["device"] / GIB,
-                "state_on_host_gib": homes["host"] / GIB,
-                "transfer_seconds_predicted": 2 * homes["host"] / BUS,
+                "state_on_device_gib": homes.device / GIB,
+                "state_on_host_gib": homes.host / GIB,
+                "transfer_seconds_predicted": 2 * homes.host / BUS,
                 "compile_seconds": time.perf_counter() - start,
                 "jax": version("jax"),
                 "date": time.strftime("%Y-%m-%d"),

@@ -1,12 +1,13 @@
 """Where an optimizer's state lives: reading it, changing it, and leaving the choice open."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import optax
 
-from jqlora.optim.offload import on_host
+from jqlora.optim.offload import HOST, on_host
 from jqlora.types import PyTree
 
 
@@ -62,6 +63,25 @@ def residence(state: PyTree) -> Residence:
     sizes = {True: 0, False: 0}
     for leaf in jax.tree.leaves(state):
         sizes[on_host(leaf)] += leaf.nbytes
+    return Residence(device=sizes[False], host=sizes[True])
+
+
+def planned(function: Callable[..., PyTree], *arguments: PyTree) -> tuple[PyTree, PyTree]:
+    """What ``function(*arguments)`` will return, as shapes, and which of it will live on the host.
+
+    The second is a tree of booleans like the first. Nothing is computed; ``arguments`` may be
+    shapes as well.
+    """
+    jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    homes = [getattr(aval, "memory_space", None) == HOST for aval in jaxpr.out_avals]
+    return shapes, jax.tree.unflatten(jax.tree.structure(shapes), homes)
+
+
+def planned_residence(shapes: PyTree, away: PyTree) -> Residence:
+    """How many bytes of what :func:`planned` returned will live where."""
+    sizes = {True: 0, False: 0}
+    for leaf, host in zip(*map(jax.tree.leaves, (shapes, away)), strict=True):
+        sizes[host] += leaf.size * leaf.dtype.itemsize
     return Residence(device=sizes[False], host=sizes[True])
 
 

@@ -12,7 +12,7 @@ from jqlora.io.load import describe
 from jqlora.methods import Plan
 from jqlora.optim.adalora import allocated, budget_of
 from jqlora.optim.budget import Budget
-from jqlora.optim.offload import SMALLEST
+from jqlora.optim.residence import planned, planned_residence
 from jqlora.quant import footprint
 from jqlora.quant.params import Footprint
 from jqlora.run import choices
@@ -93,24 +93,24 @@ def plan_run(config: RunConfig) -> Sizes:
         dtype=choices.compute_dtype(config.model),
     )
     check_length(config, model)
-    planned = plan(model, params, choices.adapter_spec(config.method))
-    adapters = jax.eval_shape(lambda base: init(jax.random.key(0), planned, base), params)
+    sites = plan(model, params, choices.adapter_spec(config.method))
+    adapters = jax.eval_shape(lambda base: init(jax.random.key(0), sites, base), params)
     # how many steps the epochs make is not known before the data are read
     steps = config.train.steps or 2**17
     budget = None
     if isinstance(config.method, AdaLoRAConfig) and config.train.steps is not None:
-        budget = budget_of(planned, **choices.rank_schedule(config.method, steps))
-    opt_state = jax.eval_shape(choices.optimizer_of(config, planned, steps).init, adapters)
-    large = [leaf for leaf in jax.tree.leaves(opt_state) if leaf.size >= SMALLEST]
-    host = _bytes(large) if config.train.offload == "all" else 0
+        budget = budget_of(sites, **choices.rank_schedule(config.method, steps))
+    tx = choices.optimizer_of(config, sites, steps)
+    state = planned_residence(*planned(tx.init, adapters))
+    open = config.train.offload == "auto"
     return Sizes(
-        plan=planned,
+        plan=sites,
         budget=budget,
         base=footprint(params),
         adapter_bytes=_bytes(adapters),
-        optimizer_bytes=_bytes(opt_state) - host,
-        host_bytes=host,
-        movable_bytes=_bytes(large) if config.train.offload == "auto" else 0,
+        optimizer_bytes=state.device + (state.host if open else 0),
+        host_bytes=0 if open else state.host,
+        movable_bytes=state.host if open else 0,
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from jqlora.optim.offload import DEVICE, on_host
-from jqlora.optim.residence import bytes_a_device, decided, is_undecided
+from jqlora.optim.residence import bytes_a_device, decided, is_undecided, planned
 from jqlora.train.state import TrainState
 from jqlora.train.usage import readable_bytes
 from jqlora.types import PyTree
@@ -86,6 +86,27 @@ def largest(leaves: Sequence[Any], room: int) -> list[Any]:
             taken.append(leaf)
             room -= bytes_a_device(leaf)
     return taken
+
+
+def lower_on(
+    mesh: jax.sharding.Mesh, step: Any, create: Callable[[], TrainState], *rest: PyTree
+) -> jax.stages.Lowered:
+    """``step`` lowered for the devices of ``mesh``, which need not be there, with a copy of
+    everything on each.
+
+    ``create()`` would make the state; it is not called but traced, and what it puts on the host is
+    there in the program as well. ``rest`` are the step's other arguments as shapes.
+    """
+    device = jax.NamedSharding(mesh, jax.P())
+    # a mesh of absent devices forgets memory kinds, an abstract one keeps them
+    host = jax.NamedSharding(mesh.abstract_mesh, jax.P(), memory_kind="pinned_host")
+
+    def placed(leaf: Any, away: bool = False) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host if away else device)
+
+    state = jax.tree.map(placed, *planned(create))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return step.lower(state, *jax.tree.map(placed, rest))
 
 
 def compiled_bytes(compiled: jax.stages.Compiled, *, host_bytes: int = 0) -> int:

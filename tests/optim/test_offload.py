@@ -11,7 +11,7 @@ import pytest
 from jqlora import optim
 from jqlora.errors import ConfigError
 from jqlora.optim.offload import DEVICE, on_host, pages
-from jqlora.optim.residence import residence
+from jqlora.optim.residence import planned, planned_residence, residence
 from jqlora.train import TrainState, make_train_step
 from tests.train import toy
 
@@ -108,6 +108,15 @@ def test_large_moments_stay_on_the_host_and_small_ones_on_the_device(runs):
         assert on_host(leaf) == (leaf.size >= 300)
     assert residence(host).host > residence(host).device
     assert residence(device).host == 0
+
+
+@pytest.mark.parametrize("make", DIRECTIONS.values(), ids=DIRECTIONS.keys())
+def test_where_the_state_will_live_is_known_before_there_is_any(make):
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), stack())
+    found = away(make()).init(stack())
+    shapes, places = planned(away(make()).init, params)
+    assert planned_residence(shapes, places) == residence(found)
+    assert jax.tree.map(on_host, found) == places
 
 
 @pytest.mark.parametrize("axes", [(None, "d"), ("d",), (None, None, "d")])
