@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from jqlora.merging import merge
     from jqlora.methods import AdaLoRA, LoRA, Plan
     from jqlora.quant import FP4, INT8, NF4, QTensor, footprint, quantize_params
-    from jqlora.train import TrainState, make_train_step
+    from jqlora.train import TrainState, loss_for, make_train_step
 
 __all__ = [
     "FP4",
@@ -47,6 +47,7 @@ __all__ = [
     "load",
     "load_adapter",
     "load_tokenizer",
+    "loss_for",
     "make_train_step",
     "merge",
     "optim",
@@ -71,7 +72,7 @@ _HOMES = {
     "jqlora.merging": ("merge",),
     "jqlora.methods": ("AdaLoRA", "LoRA", "Plan"),
     "jqlora.quant": ("FP4", "INT8", "NF4", "QTensor", "footprint", "quantize_params"),
-    "jqlora.train": ("TrainState", "make_train_step"),
+    "jqlora.train": ("TrainState", "loss_for", "make_train_step"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

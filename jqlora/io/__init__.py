@@ -1,7 +1,7 @@
 """Models and adapters from and to files: Hugging Face directories, GGUF, bitsandbytes, PEFT."""
 
 from jqlora.io.layout import abstract_params
-from jqlora.io.load import describe, load
+from jqlora.io.load import describe, fresh_head, load
 from jqlora.io.peft import load_adapter, save_adapter
 from jqlora.io.quantize_files import quantize_checkpoint
 from jqlora.io.save import save_pretrained
@@ -10,6 +10,7 @@ from jqlora.io.tokenizer import load_tokenizer
 __all__ = [
     "abstract_params",
     "describe",
+    "fresh_head",
     "load",
     "load_adapter",
     "load_tokenizer",

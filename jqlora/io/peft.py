@@ -95,7 +95,11 @@ def save_adapter(
         tensors[f"{PREFIX}{OUTPUT_HEAD}.weight"] = tensors[head].copy()
     modules = [_module(name) for name in names.values()]
     config = write_config(
-        plan, modules, base_model_name=base_model_name, tie_saved=tied is not None
+        plan,
+        modules,
+        task=_task(model),
+        base_model_name=base_model_name,
+        tie_saved=tied is not None,
     )
     with atomic_directory(path, replaces=REPLACES) as folder:
         save_file(dict(sorted(tensors.items())), folder / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -235,9 +239,24 @@ def _spec(
 
 def _tied_embedding(plan: Plan, model: nn.Module) -> TreePath | None:
     """Path of the embedding that the plan trains whole and the model also uses as its head."""
-    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+    task = _task(model)
+    if task not in ("causal-lm", "masked-lm") or not _config(model).tie_word_embeddings:
         return None
-    return next((leaf.path for leaf in plan.full if leaf.path[-1] == "embedding"), None)
+    found = next((leaf.path for leaf in plan.full if leaf.path[-1] == "embedding"), None)
+    if found is not None and task == "masked-lm":
+        raise AdapterFileError(
+            f"{'.'.join(found[:-1])} is trained whole, but a masked-LM head shares it, for which "
+            "PEFT's files have no place"
+        )
+    return found
+
+
+def _task(model: Any) -> str:
+    return model.task
+
+
+def _config(model: Any) -> Any:
+    return model.config
 
 
 def _tied_copies(

@@ -12,6 +12,14 @@ from jqlora.methods.lora import ranks, scales
 from jqlora.methods.targeting import matches
 
 CONFIG_FILE = "adapter_config.json"
+TASK_TYPES = {
+    "causal-lm": "CAUSAL_LM",
+    "seq2seq-lm": "SEQ_2_SEQ_LM",
+    "sequence-classification": "SEQ_CLS",
+    "token-classification": "TOKEN_CLS",
+    "question-answering": "QUESTION_ANS",
+}
+"""PEFT's word for a model's task; it has none for masked language models."""
 
 NEUTRAL: dict[str, Any] = {
     "alora_invocation_tokens": None,
@@ -41,7 +49,7 @@ SCHEDULE = {"beta1": 0.85, "beta2": 0.85, "deltaT": 1, "tinit": 0, "tfinal": 0, 
 
 
 def write_config(
-    plan: Plan, modules: Sequence[str], *, base_model_name: str | None, tie_saved: bool
+    plan: Plan, modules: Sequence[str], *, task: str, base_model_name: str | None, tie_saved: bool
 ) -> dict[str, Any]:
     """The fields of ``adapter_config.json`` for a plan of LoRA or AdaLoRA.
 
@@ -78,7 +86,7 @@ def write_config(
                 "peft_version": "0.21.2",
                 "qalora_group_size": 16,
                 "revision": None,
-                "task_type": "CAUSAL_LM",
+                "task_type": TASK_TYPES.get(task),
                 **fields,
             }.items()
         )

@@ -3,7 +3,7 @@ nothing.
 
 * ``targets`` a list: a name matches a module whose dotted name it equals or ends (after a dot).
 * ``targets`` a string: one regular expression for the whole dotted name; ``"all-linear"``: every
-  linear module but the output head ``lm_head``.
+  linear module but the output head, by the names that heads have.
 * ``exclude`` takes away, by the same two rules; modules under ``modules_to_save`` are trained
 whole and
   never adapted.
@@ -23,6 +23,7 @@ from jqlora.tree import nearest
 
 ALL_LINEAR = "all-linear"
 OUTPUT_HEAD = "lm_head"
+HEADS = (OUTPUT_HEAD, "classifier", "score", "qa_outputs")
 
 
 def place(spec: Spec, sites: Sequence[Site]) -> tuple[Placement, ...]:
@@ -82,7 +83,7 @@ def check_pattern(field: str, keys: Iterable[str], placements: Sequence[Placemen
 
 def _targeted(spec: Spec, site: Site, name: str) -> bool:
     if spec.targets == ALL_LINEAR:
-        return site.kind == "dense" and site.path[-1] != OUTPUT_HEAD
+        return site.kind == "dense" and site.path[-1] not in HEADS
     return matches(spec.targets, name)
 
 

@@ -21,6 +21,7 @@ from jqlora.models.disentangled import Disentangled
 from jqlora.models.encoder import Embeddings, EncoderLayer, norm
 from jqlora.models.encoder_config import EncoderConfig
 from jqlora.models.encoder_stack import run_stack
+from jqlora.models.norm import layer_norm
 from jqlora.models.projection import KEPT
 from jqlora.models.stack import Remat
 
@@ -41,12 +42,7 @@ class Shared:
         if self.conv is None:
             return x
         out, scale, bias = self.conv
-        wide = (x + out).astype(jnp.float32)
-        centred = wide - wide.mean(-1, keepdims=True)
-        normal = centred * jax.lax.rsqrt(
-            jnp.mean(jnp.square(centred), -1, keepdims=True) + self.epsilon
-        )
-        y = normal * scale.astype(jnp.float32)[None, None] + bias.astype(jnp.float32)[None, None]
+        y = layer_norm(x + out, scale, bias, self.epsilon)
         return jnp.where(first, jnp.where(self.real[..., None], y, 0).astype(x.dtype), x)
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jqlora.models.activations import ACTIVATIONS
 from jqlora.models.encoder_config import EncoderConfig
+from jqlora.models.norm import LayerNorm
 from jqlora.models.projection import project
 
 
@@ -23,11 +24,9 @@ def dense(
     )
 
 
-def norm(
-    config: EncoderConfig, types: dict[str, Any], name: str | None = "LayerNorm"
-) -> nn.LayerNorm:
-    """Layer normalization with float32 statistics, of the variance about the mean itself."""
-    return nn.LayerNorm(config.layer_norm_eps, use_fast_variance=False, name=name, **types)
+def norm(config: EncoderConfig, types: dict[str, Any], name: str | None = "LayerNorm") -> LayerNorm:
+    """Layer normalization; without a name for a ``setup`` to give."""
+    return LayerNorm(config.layer_norm_eps, name=name, **types)
 
 
 class AddAndNorm(nn.Module):

@@ -46,12 +46,17 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        shape = (1,) * (x.ndim - 1) + (-1,)
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
-        wide = x.astype(jnp.float32)
-        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        normal = wide * jax.lax.rsqrt(variance + self.eps)
-        scale, bias = (leaf.astype(jnp.float32).reshape(shape) for leaf in (scale, bias))
-        return (normal * scale + bias).astype(self.dtype)
+        return layer_norm(x, scale, bias, self.eps).astype(self.dtype)
+
+
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+    """What :class:`LayerNorm` computes of x [..., D] with scale and bias [D]: float32 [..., D]."""
+    shape = (1,) * (x.ndim - 1) + (-1,)
+    wide = x.astype(jnp.float32)
+    wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    normal = wide * jax.lax.rsqrt(variance + eps)
+    scale, bias = (leaf.astype(jnp.float32).reshape(shape) for leaf in (scale, bias))
+    return normal * scale + bias

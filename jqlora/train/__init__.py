@@ -3,5 +3,6 @@
 from jqlora.train.loss import causal_lm_loss, cross_entropy
 from jqlora.train.state import TrainState
 from jqlora.train.step import make_train_step
+from jqlora.train.task_loss import loss_for
 
-__all__ = ["TrainState", "causal_lm_loss", "cross_entropy", "make_train_step"]
+__all__ = ["TrainState", "causal_lm_loss", "cross_entropy", "loss_for", "make_train_step"]

@@ -1,0 +1,126 @@
+"""The losses of encoders' heads, equal to transformers' ``.loss``.
+
+A batch holds ``input_ids`` int32 [B, T], mostly ``attention_mask`` [B, T] and ``token_type_ids``
+[B, T], and what is to be predicted:
+
+* masked-lm, token-classification: ``labels`` int32 [B, T], -100 where nothing is asked;
+* sequence-classification: ``labels`` int32 [B] for one label of several; float [B, labels] for
+  several at once; float [B] or [B, labels] for regression;
+* question-answering: ``start_positions`` and ``end_positions`` int32 [B]; one outside of the row
+  counts nothing.
+
+Each gives a sum and the count to divide it by, as ``make_train_step`` wants.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jqlora.errors import ConfigError
+from jqlora.train.loss import Batch, causal_lm_loss
+from jqlora.types import Variables
+
+Summed = tuple[jax.Array, jax.Array]
+Loss = Callable[[Any, Variables, Batch, jax.Array | None], Summed]
+
+IGNORED = -100
+INPUTS = ("input_ids", "attention_mask", "token_type_ids", "positions")
+
+
+def loss_for(model: Any) -> Loss:
+    """The loss of ``model``'s task: ``loss(apply, variables, batch, key) -> (sum, count)``.
+
+    For a sequence classifier the config's ``problem_type`` decides; without one, as in
+    transformers, a single output means regression, integer labels one label of several, and others
+    several at once. Raises ConfigError for a task that has none.
+
+    >>> step = make_train_step(apply, tx, loss=loss_for(model))     # doctest: +SKIP
+    """
+    task = model.task
+    if task == "causal-lm":
+        return causal_lm_loss
+    if task == "question-answering":
+        return _answering_loss
+    if task in ("masked-lm", "token-classification"):
+        return _labelled(classes)
+    if task == "sequence-classification":
+        return _labelled(lambda logits, labels: _classifier_loss(model.config, logits, labels))
+    raise ConfigError(f"task={task!r} has no loss here")
+
+
+def classes(logits: jax.Array, labels: jax.Array) -> Summed:
+    """Cross-entropy of logits [..., C] over the labels int [...] that are not -100."""
+    counted = labels != IGNORED
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        logits.astype(jnp.float32), jnp.where(counted, labels, 0)
+    )
+    return jnp.where(counted, losses, 0.0).sum(), counted.sum(dtype=jnp.float32)
+
+
+def binaries(logits: jax.Array, labels: jax.Array) -> Summed:
+    """Binary cross-entropy of logits [B, C] with labels [B, C] in 0..1, over all entries."""
+    losses = optax.sigmoid_binary_cross_entropy(
+        logits.astype(jnp.float32), labels.astype(jnp.float32)
+    )
+    return losses.sum(), jnp.float32(losses.size)
+
+
+def squares(logits: jax.Array, labels: jax.Array) -> Summed:
+    """Squared error of logits [B, C] and labels [B, C], or [B] where C is 1, over all entries."""
+    labels = labels.reshape(logits.shape).astype(jnp.float32)
+    errors = jnp.square(logits.astype(jnp.float32) - labels)
+    return errors.sum(), jnp.float32(errors.size)
+
+
+_BY_PROBLEM = {
+    "regression": squares,
+    "single_label_classification": classes,
+    "multi_label_classification": binaries,
+}
+
+
+def _classifier_loss(config: Any, logits: jax.Array, labels: jax.Array) -> Summed:
+    problem = config.problem_type
+    if problem is None:
+        integer = jnp.issubdtype(labels.dtype, jnp.integer)
+        problem = "single_label_classification" if integer else "multi_label_classification"
+        if config.num_labels == 1:
+            problem = "regression"
+        elif not integer and config.model_type == "deberta-v2":
+            # transformers means soft labels here, which it does for no other encoder
+            raise ConfigError("labels are float: set problem_type in the model's config")
+    return _BY_PROBLEM[problem](logits, labels)
+
+
+def _inputs(batch: Batch) -> dict[str, Any]:
+    return {name: batch[name] for name in INPUTS if name in batch}
+
+
+def _labelled(measure: Callable[[jax.Array, jax.Array], Summed]) -> Loss:
+    def loss(apply: Any, variables: Variables, batch: Batch, key: jax.Array | None) -> Summed:
+        logits = apply(variables, **_inputs(batch), key=key).logits
+        return measure(logits, jnp.asarray(batch["labels"]))
+
+    return loss
+
+
+def _answering_loss(
+    apply: Any, variables: Variables, batch: Batch, key: jax.Array | None
+) -> Summed:
+    """The mean of the two ends' cross-entropies, each over the ends that lie in the row."""
+    output = apply(variables, **_inputs(batch), key=key)
+    length = output.start_logits.shape[1]
+    means, counts = [], []
+    for logits, name in (
+        (output.start_logits, "start_positions"),
+        (output.end_logits, "end_positions"),
+    ):
+        ends = jnp.clip(jnp.asarray(batch[name]), 0, length)
+        total, count = classes(logits, jnp.where(ends == length, IGNORED, ends))
+        means.append(total / jnp.maximum(count, 1.0))
+        counts.append(count)
+    count = (counts[0] + counts[1]) / 2
+    return count * (means[0] + means[1]) / 2, count
