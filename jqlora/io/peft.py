@@ -97,9 +97,9 @@ def save_adapter(
     config = write_config(
         plan,
         modules,
-        task=_task(model),
         base_model_name=base_model_name,
         tie_saved=tied is not None,
+        fan_in_fan_out=_stored_in_out(plan, names),
     )
     with atomic_directory(path, replaces=REPLACES) as folder:
         save_file(dict(sorted(tensors.items())), folder / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -192,6 +192,13 @@ def _low_rank_entries(
         Entry(f"{module}.{ends[0]}", (*path, "a"), layer, (site.features_in, rank), True),
         Entry(f"{module}.{ends[1]}", (*path, "b"), layer, (rank, site.features_out), True),
     ]
+
+
+def _stored_in_out(plan: Plan, names: Mapping[tuple[TreePath, int | None], HFName]) -> bool:
+    """Whether the checkpoint keeps the weight of an adapted dense module (in, out)."""
+    by_path = {name.path: name for name in names.values()}
+    dense = [p.site.leaf_path for p in plan.placements if p.site.kind == "dense"]
+    return any(not by_path[path].transpose for path in dense)
 
 
 def _leaf_shapes(plan: Plan) -> dict[TreePath, tuple[int, ...]]:

@@ -27,7 +27,6 @@ NEUTRAL: dict[str, Any] = {
     "bias": "none",
     "corda_config": None,
     "eva_config": None,
-    "fan_in_fan_out": False,
     "kasa_config": None,
     "layer_replication": None,
     "loftq_config": {},
@@ -49,11 +48,17 @@ SCHEDULE = {"beta1": 0.85, "beta2": 0.85, "deltaT": 1, "tinit": 0, "tfinal": 0, 
 
 
 def write_config(
-    plan: Plan, modules: Sequence[str], *, task: str, base_model_name: str | None, tie_saved: bool
+    plan: Plan,
+    modules: Sequence[str],
+    *,
+    base_model_name: str | None,
+    tie_saved: bool,
+    fan_in_fan_out: bool,
 ) -> dict[str, Any]:
     """The fields of ``adapter_config.json`` for a plan of LoRA or AdaLoRA.
 
-    ``modules`` are the dotted names of all the model's modules that could be targeted. PEFT knows
+    ``modules`` are the dotted names of all the model's modules that could be targeted;
+    ``fan_in_fan_out`` says that adapted ones keep their weight (in, out), as Conv1D. PEFT knows
     one spec: several become one with patterns by full module name. Raises
     :class:`AdapterFileError` where they differ in what PEFT keeps once, and for other methods.
     """
@@ -77,6 +82,7 @@ def write_config(
                 "auto_mapping": None,
                 "base_model_name_or_path": base_model_name,
                 "ensure_weight_tying": tie_saved,
+                "fan_in_fan_out": fan_in_fan_out,
                 "inference_mode": True,
                 "layers_pattern": None,
                 "lora_alpha": first.alpha,

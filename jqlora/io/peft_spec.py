@@ -21,6 +21,7 @@ IGNORED = {
     "corda_config",  # these three only draw the first weights; see init_lora_weights
     "eva_config",
     "lora_ga_config",
+    "fan_in_fan_out",  # follows from the module, as PEFT itself corrects it
     "inference_mode",
     "megatron_core",
     "peft_version",

@@ -324,7 +324,6 @@ REFUSED = {
     "use_dora": (True, "False only"),
     "bias": ("all", "'none' only"),
     "lora_bias": (True, "False only"),
-    "fan_in_fan_out": (True, "False only"),
     "trainable_token_indices": ([1, 2], "None only"),
     "target_parameters": (["experts.gate"], "None only"),
     "init_lora_weights": ("pissa", "path_initial_model_for_weight_conversion"),
