@@ -38,9 +38,24 @@ class TrainState:
             opt_state=tx.init(adapters),
             key=jnp.copy(key),
         )
-        leaves = jax.tree.leaves(state)
-        if isinstance(state.step, Tracer) or not any(map(on_host, leaves)):
+        if isinstance(state.step, Tracer):
             return state
-        # what a step returns of arrays in two memories is bound to its device: begin so as well,
-        # or the second step would compile again
-        return jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, state))
+        return _settled(state)
+
+
+def _settled(state: TrainState) -> TrainState:
+    """``state`` bound to its devices where a step will return it so: where arrays are in two
+    memories, or sharded. Else the second step would compile again, or the first be refused because
+    counts live on one device and adapters on several."""
+    leaves = jax.tree.leaves(state)
+    sharded = [leaf.sharding for leaf in leaves if isinstance(leaf.sharding, jax.NamedSharding)]
+    if not sharded and not any(map(on_host, leaves)):
+        return state
+
+    def home(leaf: jax.Array) -> jax.sharding.Sharding:
+        found = leaf.sharding
+        if not sharded or isinstance(found, jax.NamedSharding):
+            return found
+        return jax.NamedSharding(sharded[0].mesh, jax.P(), memory_kind=found.memory_kind)
+
+    return jax.device_put(state, jax.tree.map(home, state))
