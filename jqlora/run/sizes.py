@@ -26,6 +26,7 @@ class Sizes:
 
     plan: Plan
     budget: Budget | None
+    """Of AdaLoRA."""
     base: Footprint
     adapter_bytes: int
     optimizer_bytes: int
@@ -34,6 +35,8 @@ class Sizes:
     """Optimizer state in host memory."""
     movable_bytes: int = 0
     """Of ``optimizer_bytes``, what goes to the host where the first step finds no room for it."""
+    steps_known: bool = True
+    """Whether the budget's steps are those of the run; the data tell what epochs make."""
 
     @property
     def base_parameters(self) -> int:
@@ -74,11 +77,18 @@ class Sizes:
         if self.budget is None:
             return []
         budget, modules = self.budget, sum(sum(p.layers) for p in allocated(self.plan))
+        means = (
+            f"{budget.initial / modules:.1f} a module to {budget.target / modules:.1f} on average"
+        )
+        if not self.steps_known:
+            return [
+                f"ranks      {budget.initial:,} triplets, cut every {budget.interval} steps of the "
+                f"middle of the run to {budget.target:,}: {means}"
+            ]
         return [
             f"ranks      {budget.initial:,} triplets until step {budget.initial_steps}, cut every "
             f"{budget.interval} steps to {budget.target:,} at step {budget.frozen_from} of "
-            f"{budget.total_steps}: {budget.initial / modules:.1f} a module to "
-            f"{budget.target / modules:.1f} on average",
+            f"{budget.total_steps}: {means}",
         ]
 
 
@@ -98,7 +108,7 @@ def plan_run(config: RunConfig) -> Sizes:
     # how many steps the epochs make is not known before the data are read
     steps = config.train.steps or 2**17
     budget = None
-    if isinstance(config.method, AdaLoRAConfig) and config.train.steps is not None:
+    if isinstance(config.method, AdaLoRAConfig):
         budget = budget_of(sites, **choices.rank_schedule(config.method, steps))
     tx = choices.optimizer_of(config, sites, steps)
     state = planned_residence(*planned(tx.init, adapters))
@@ -111,6 +121,7 @@ def plan_run(config: RunConfig) -> Sizes:
         optimizer_bytes=state.device + (state.host if open else 0),
         host_bytes=0 if open else state.host,
         movable_bytes=state.host if open else 0,
+        steps_known=config.train.steps is not None,
     )
 
 

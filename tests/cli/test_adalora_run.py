@@ -96,6 +96,15 @@ def test_the_plan_tells_the_budget(toy, tmp_path):
     )
 
 
+def test_the_plan_of_epochs_tells_the_budget_without_its_steps(toy, tmp_path):
+    config = config_of(toy, METHOD, tmp_path)
+    epochs = dataclasses.replace(config.train, steps=None, epochs=3.0)
+    assert plan_run(dataclasses.replace(config, train=epochs)).lines()[-1] == (
+        "ranks      56 triplets, cut every 2 steps of the middle of the run to 28: "
+        "4.0 a module to 2.0 on average"
+    )
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

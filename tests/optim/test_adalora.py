@@ -303,6 +303,18 @@ def test_arguments_that_make_no_sense_are_refused(scanned):
         tx.update(adapters, tx.init(adapters))
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_updates_and_state_keep_their_dtypes(convention, dtype, scanned):
+    tx = optim.adalora(optim.adamw(0.1), scanned.plan, **SCHEDULE, convention=convention)
+    adapters = jax.tree.map(lambda x: x.astype(dtype), init(jax.random.key(0), scanned.plan))
+    with jax.numpy_dtype_promotion("standard"):  # as make_train_step has it
+        updates, after = jax.eval_shape(tx.update, adapters, tx.init(adapters), adapters)
+    for before, found in ((adapters, updates), (tx.init(adapters), after)):
+        kinds = (jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (before, found))
+        assert next(kinds) == next(kinds)
+
+
 def test_extra_arguments_reach_the_inner_transformation(scanned):
     seen = {}
 
