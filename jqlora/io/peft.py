@@ -97,6 +97,7 @@ def save_adapter(
     config = write_config(
         plan,
         modules,
+        task=_task(model),
         base_model_name=base_model_name,
         tie_saved=tied is not None,
         fan_in_fan_out=_stored_in_out(plan, names),

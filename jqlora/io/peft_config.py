@@ -51,6 +51,7 @@ def write_config(
     plan: Plan,
     modules: Sequence[str],
     *,
+    task: str,
     base_model_name: str | None,
     tie_saved: bool,
     fan_in_fan_out: bool,
