@@ -10,7 +10,7 @@ import pytest
 from jqlora.errors import ConfigError
 from jqlora.generation import Sampling, generate, stream
 from jqlora.generation.sampling import process
-from jqlora.models import LlamaConfig, LlamaForCausalLM
+from jqlora.models import family_of
 from tests.models.variants import ROWS, TINY, checkpoint, hf_run
 
 PAD, EOS = 0, 2
@@ -19,7 +19,8 @@ PAD, EOS = 0, 2
 @functools.cache
 def toy(name="mistral_window"):
     """A tiny random model of its own, bound, with weights that make its choices distinct."""
-    model = LlamaForCausalLM(LlamaConfig.from_hf(TINY | ROWS[name]))
+    row = TINY | ROWS[name]
+    model = family_of(row).build(family_of(row).parse(row))
     ids = jnp.zeros((1, 2), jnp.int32)
     params = jax.jit(lambda key: model.init(key, ids)["params"])(jax.random.key(1))
     params = jax.tree.map(lambda w: w * 12 if w.ndim > 1 and w.std() > 0 else w, params)
@@ -55,7 +56,17 @@ def hf_generate(hf, ids, mask, count, **options):
 @pytest.mark.parity
 @pytest.mark.parametrize(
     "name",
-    ["llama3_gqa_scaled", "mistral_window", "qwen2_layer_types"],
+    [
+        "llama3_gqa_scaled",
+        "mistral_window",
+        "qwen2_layer_types",
+        "qwen3_biased_windows",
+        "gemma",
+        "gemma2",
+        "gemma3",
+        "phi3",
+        "gpt2_scaled_by_layer",
+    ],
 )
 def test_greedy_tokens_equal_transformers_in_a_left_padded_batch(name):
     hf, _, model, params = checkpoint(name)
@@ -77,6 +88,22 @@ def test_greedy_tokens_equal_transformers_in_a_left_padded_batch(name):
         )
         assert ours.dtype == jnp.int32
         np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("lengths", "count"), [((7, 3), 4), ((13, 4), 8)])
+def test_longrope_serves_sequences_on_either_side_of_its_switch(lengths, count):
+    hf, _, model, params = checkpoint("phi3_longrope")
+    ids, mask = prompts(*lengths)
+    theirs = hf_generate(hf, ids, mask, count, eos_token_id=None)
+    ours = generate(bound(model), {"params": params}, ids, mask, model=model, max_new_tokens=count)
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_generation_across_the_switch_of_longrope_is_refused():
+    model, apply, variables = toy("phi3_longrope")
+    with pytest.raises(ConfigError, match=r"beyond 10 tokens.*at most 4 new tokens.*prompt of 7"):
+        generate(apply, variables, prompts(7)[0], model=model, max_new_tokens=5)
 
 
 @pytest.mark.parity

@@ -77,6 +77,14 @@ class Request:
                 f"model's {longest} positions; shorten the prompt or ask for at most "
                 f"{max(longest - prompt, 0)} new tokens"
             )
+        switch = self.model.config.switch
+        # the last new token is never read, so it may lie beyond
+        if switch is not None and prompt <= switch < prompt + self.max_new_tokens - 1:
+            raise ConfigError(
+                f"LongRoPE turns all keys anew beyond {switch} tokens, which a cache cannot: ask "
+                f"for at most {switch - prompt + 1} new tokens after a prompt of {prompt}, or give "
+                f"one of more than {switch}"
+            )
 
 
 def generate(
@@ -100,7 +108,8 @@ def generate(
     ``apply`` is ``jq.bind(model, plan)``; prompts int32 [B, T] are padded on the left where
     ``attention_mask`` is 0. ``eos_ids`` end a row; ``pad_id`` defaults to the first of them, else
     0. ``temperature`` 0 is greedy, else ``key`` is needed. Raises ConfigError on right padding, on
-    values out of range, and where prompt and new tokens exceed the model's positions.
+    values out of range, and where prompt and new tokens exceed the model's positions or cross the
+    length at which LongRoPE switches (Phi-3).
     """
     request = Request(
         model=model,
