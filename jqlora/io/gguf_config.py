@@ -17,6 +17,7 @@ _MODEL_TYPES = {
     "gemma": "GemmaForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3": "Gemma3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
     "gpt2": "GPT2LMHeadModel",
 }
 # The one size of each Gemma whose scores are scaled by another width than a head's: llama.cpp too
@@ -79,6 +80,8 @@ def config_from_gguf(reader: GGUFReader) -> dict[str, Any]:
     }
     if kind.startswith("gemma"):
         config |= _gemma(kind, value, head_dim)
+    if kind == "phi3":
+        config |= _phi3(reader, value, head_dim)
     return shared | config
 
 
@@ -113,6 +116,28 @@ def _gemma(kind: str, value: Callable[..., Any], head_dim: int) -> dict[str, Any
         "query_pre_attn_scalar": scalar,
         "sliding_window": value("attention.sliding_window"),
     }
+
+
+def _phi3(reader: GGUFReader, value: Callable[..., Any], head_dim: int) -> dict[str, Any]:
+    """A window, 0 for none; a part of each head that is rotated; the two sets of LongRoPE."""
+    config: dict[str, Any] = {
+        "sliding_window": value("attention.sliding_window", None) or None,
+        "partial_rotary_factor": value("rope.dimension_count", head_dim) / head_dim,
+    }
+    factors = {
+        length: [float(str(f)) for f in np.asarray(tensor.data, np.float32)]
+        for length in ("short", "long")
+        for tensor in reader.tensors
+        if tensor.name == f"rope_factors_{length}.weight"
+    }
+    if factors:
+        original = value("rope.scaling.original_context_length")
+        sets = {f"{length}_factor": values for length, values in factors.items()}
+        config |= {
+            "rope_scaling": {"rope_type": "longrope", **sets},
+            "original_max_position_embeddings": original,
+        }
+    return config
 
 
 def _shortest(value: float) -> float:

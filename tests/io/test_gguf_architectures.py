@@ -18,6 +18,8 @@ CASES = {
     "gemma": TINY | ROWS["gemma"] | SAME,
     "gemma2": TINY | ROWS["gemma2"] | SAME,
     "gemma3": TINY | ROWS["gemma3"] | SAME,
+    "phi3": TINY | ROWS["phi3"],
+    "phi3 of a longer context": TINY | ROWS["phi3_longrope"],
     "gpt2": TINY | ROWS["gpt2"],
 }
 
@@ -41,7 +43,14 @@ def write(path, architecture, config, tensors):
         writer.add_layer_norm_eps(parsed.layer_norm_eps)
     else:
         writer.add_head_count_kv(parsed.num_key_value_heads)
-        writer.add_key_length(parsed.head_dim)
+        if architecture != "phi3":
+            writer.add_key_length(parsed.head_dim)
+        writer.add_rope_dimension_count(int(parsed.head_dim * parsed.rope.partial))
+        if parsed.rope.type == "longrope":
+            writer.add_rope_scaling_orig_ctx_len(parsed.switch)
+            for length in ("short", "long"):
+                factors = np.array(parsed.rope.option(f"{length}_factor"), np.float32)
+                writer.add_tensor(f"rope_factors_{length}.weight", factors)
         writer.add_layer_norm_rms_eps(parsed.rms_norm_eps)
         writer.add_rope_freq_base(parsed.rope.theta)
         if parsed.rope.type == "linear":
@@ -69,9 +78,9 @@ def write(path, architecture, config, tensors):
     writer.close()
 
 
-@pytest.mark.parametrize("architecture", CASES)
-def test_a_file_gives_the_weights_and_the_config_of_the_checkpoint(architecture, tmp_path):
-    config = CASES[architecture]
+@pytest.mark.parametrize("case", CASES)
+def test_a_file_gives_the_weights_and_the_config_of_the_checkpoint(case, tmp_path):
+    architecture, config = case.split()[0], CASES[case]
     tensors = tensors_of(config)
     write(tmp_path / "toy.gguf", architecture, config, tensors)
     model, params = load(tmp_path / "toy.gguf")

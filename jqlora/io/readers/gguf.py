@@ -17,7 +17,8 @@ from jqlora.errors import CheckpointError
 from jqlora.io.readers.base import TensorInfo
 from jqlora.io.readers.gguf_names import ARCHITECTURES
 
-_NOT_WEIGHTS = {"rope_freqs.weight"}  # part of the config, see gguf_config
+# parts of the config, see gguf_config
+_NOT_WEIGHTS = {"rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"}
 _PLAIN: dict[GGMLQuantizationType, np.dtype] = {
     GGMLQuantizationType.F32: np.dtype(np.float32),
     GGMLQuantizationType.F16: np.dtype(np.float16),

@@ -68,6 +68,10 @@ ARCHITECTURES = {
     "gemma": Stored(top=_LLAMA_TOP, block=_LLAMA_BLOCK, norm_offset=1),
     "gemma2": Stored(top=_LLAMA_TOP, block=_LLAMA_BLOCK | _SANDWICH, norm_offset=1),
     "gemma3": Stored(top=_LLAMA_TOP, block=_LLAMA_BLOCK | _SANDWICH | _QK_NORM, norm_offset=1),
+    "phi3": Stored(
+        top=_LLAMA_TOP,
+        block=_LLAMA_BLOCK | {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
+    ),
     "gpt2": Stored(
         top={
             "token_embd": "transformer.wte",
