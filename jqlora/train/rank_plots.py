@@ -59,8 +59,8 @@ def _draw_ranks(
 ) -> None:
     axes = figure.add_subplot()
     image = axes.imshow(table, cmap="Blues", vmin=0, vmax=most, aspect="auto")
-    axes.set_xticks(range(len(layers)), layers, fontsize=7)
-    axes.set_yticks(range(len(kinds)), kinds, fontsize=8)
+    axes.set_xticks(range(len(layers)), layers, fontsize=8)
+    axes.set_yticks(range(len(kinds)), kinds, fontsize=9)
     axes.set_xlabel("layer")
     axes.tick_params(length=0)
     for side in axes.spines.values():
@@ -69,11 +69,11 @@ def _draw_ranks(
         if not np.isnan(rank):
             colour = "white" if rank > 0.6 * most else "black"
             axes.text(
-                column, row, f"{rank:.0f}", ha="center", va="center", fontsize=7, color=colour
+                column, row, f"{rank:.0f}", ha="center", va="center", fontsize=8, color=colour
             )
     axes.set_title(f"Final ranks (of {most} at the start)", loc="left")
     ticks = MaxNLocator(integer=True)
-    figure.colorbar(image, ax=axes, fraction=0.04, pad=0.01, ticks=ticks)
+    figure.colorbar(image, ax=axes, fraction=0.04, pad=0.01, ticks=ticks, label="rank")
 
 
 def _draw_budget(axes: Axes, rows: Sequence[Row]) -> None:
@@ -108,5 +108,5 @@ def _draw_importance(axes: Axes, record: dict[str, Any]) -> None:
     axes.set_yscale("log")
     axes.set_xlabel("triplets of all modules, best first")
     axes.set_ylabel("score")
-    axes.set_title("Importance at the last choice", loc="left")
+    axes.set_title("Importance of the triplets at the end", loc="left")
     axes.legend(frameon=False)
