@@ -55,24 +55,29 @@ def decode_tile(
     BLOCKS: tl.constexpr,
     COUNT: tl.constexpr,
     TILE: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
     NESTED: tl.constexpr,
 ):
-    """One tile of bytes into twice as many values."""
+    """One tile of bytes into ``PARTS`` times as many values."""
     place = tl.program_id(0)
     layer = tl.load(layers + place).to(tl.int64)
     byte = tl.program_id(1) * TILE + tl.arange(0, TILE)
     mask = byte < BYTES
     packed = tl.load(codes + layer * BYTES + byte, mask=mask, other=0).to(tl.int32)
+    block = PARTS * byte // BLOCK
     scale = load_scales(
-        scales, absmax, offset, table, layer, 2 * byte // BLOCK, mask, BLOCKS, GROUPS, GROUP, NESTED
+        scales, absmax, offset, table, layer, block, mask, BLOCKS, GROUPS, GROUP, NESTED
     )
-    high = tl.load(codebook + (packed >> 4)) * scale
-    low = tl.load(codebook + (packed & 15)) * scale
-    values = tl.interleave(high, low)
-    element = tl.program_id(1) * (2 * TILE) + tl.arange(0, 2 * TILE)
+    if PARTS == 2:
+        high = tl.load(codebook + (packed >> 4)) * scale
+        low = tl.load(codebook + (packed & 15)) * scale
+        values = tl.interleave(high, low)
+    else:
+        values = tl.load(codebook + packed) * scale
+    element = tl.program_id(1) * (PARTS * TILE) + tl.arange(0, PARTS * TILE)
     target = out + place.to(tl.int64) * COUNT + element
     tl.store(target, values.to(out.dtype.element_ty), mask=element < COUNT)
 
@@ -89,33 +94,41 @@ def weight_tile(
     row,
     byte,
     N: tl.constexpr,
-    HALF: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCKS: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
     NESTED: tl.constexpr,
 ):
-    """Decoded even and odd columns, fp32, of the rows ``row`` at the bytes ``byte`` of each."""
+    """Decoded even and odd columns, fp32, of the rows ``row`` at the bytes ``byte`` of each.
+
+    With one code to a byte there is but one part, every column: it is returned twice.
+    """
     inside = row < N
-    first = 2 * tl.min(byte, axis=0) // BLOCK
+    first = PARTS * tl.min(byte, axis=0) // BLOCK
     scale = load_scales(
         scales,
         absmax,
         offset,
         table,
         layer,
-        row * (2 * HALF // BLOCK) + first,
+        row * (PARTS * WIDTH // BLOCK) + first,
         inside,
         BLOCKS,
         GROUPS,
         GROUP,
         NESTED,
     )
-    place = layer * N * HALF + row[:, None].to(tl.int64) * HALF + byte[None, :]
+    place = layer * N * WIDTH + row[:, None].to(tl.int64) * WIDTH + byte[None, :]
     packed = tl.load(codes + place, mask=inside[:, None], other=0).to(tl.int32)
-    even = tl.load(codebook + (packed >> 4)) * scale[:, None]
-    odd = tl.load(codebook + (packed & 15)) * scale[:, None]
+    if PARTS == 2:
+        even = tl.load(codebook + (packed >> 4)) * scale[:, None]
+        odd = tl.load(codebook + (packed & 15)) * scale[:, None]
+    else:
+        even = tl.load(codebook + packed) * scale[:, None]
+        odd = even
     return even, odd
 
 
@@ -132,11 +145,12 @@ def forward_tile(
     out,
     COUNT: tl.constexpr,
     N: tl.constexpr,
-    HALF: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCKS: tl.constexpr,
     ROWS: tl.constexpr,
     FEATURES: tl.constexpr,
     BYTES: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -147,17 +161,18 @@ def forward_tile(
     m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     n = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
     total = tl.zeros((ROWS, FEATURES), tl.float32)
-    for start in range(0, HALF, BYTES):
+    for start in range(0, WIDTH, BYTES):
         byte = start + tl.arange(0, BYTES)
         even, odd = weight_tile(
             codes, scales, codebook, absmax, offset, table, layer, n, byte,
-            N, HALF, BLOCKS, BLOCK, GROUPS, GROUP, NESTED,
+            N, WIDTH, BLOCKS, PARTS, BLOCK, GROUPS, GROUP, NESTED,
         )  # fmt: skip
-        place = x + m[:, None].to(tl.int64) * (2 * HALF) + 2 * byte[None, :]
+        place = x + m[:, None].to(tl.int64) * (PARTS * WIDTH) + PARTS * byte[None, :]
         left = tl.load(place, mask=(m < COUNT)[:, None], other=0.0)
         total = tl.dot(left, tl.trans(even.to(left.dtype)), total, input_precision="ieee")
-        left = tl.load(place + 1, mask=(m < COUNT)[:, None], other=0.0)
-        total = tl.dot(left, tl.trans(odd.to(left.dtype)), total, input_precision="ieee")
+        if PARTS == 2:
+            left = tl.load(place + 1, mask=(m < COUNT)[:, None], other=0.0)
+            total = tl.dot(left, tl.trans(odd.to(left.dtype)), total, input_precision="ieee")
     target = out + m[:, None].to(tl.int64) * N + n[None, :]
     mask = (m < COUNT)[:, None] & (n < N)[None, :]
     tl.store(target, total.to(out.dtype.element_ty), mask=mask)
@@ -176,17 +191,18 @@ def transposed_tile(
     out,
     COUNT: tl.constexpr,
     N: tl.constexpr,
-    HALF: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCKS: tl.constexpr,
     ROWS: tl.constexpr,
     FEATURES: tl.constexpr,
     BYTES: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
     NESTED: tl.constexpr,
 ):
-    """``ROWS`` x ``2 * BYTES`` of the gradient, along all of N."""
+    """``ROWS`` x ``PARTS * BYTES`` of the gradient, along all of N."""
     layer = tl.load(layers).to(tl.int64)
     m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     byte = tl.program_id(1) * BYTES + tl.arange(0, BYTES)
@@ -196,14 +212,15 @@ def transposed_tile(
         n = start + tl.arange(0, FEATURES)
         even, odd = weight_tile(
             codes, scales, codebook, absmax, offset, table, layer, n, byte,
-            N, HALF, BLOCKS, BLOCK, GROUPS, GROUP, NESTED,
+            N, WIDTH, BLOCKS, PARTS, BLOCK, GROUPS, GROUP, NESTED,
         )  # fmt: skip
         place = g + m[:, None].to(tl.int64) * N + n[None, :]
         left = tl.load(place, mask=(m < COUNT)[:, None] & (n < N)[None, :], other=0.0)
         evens = tl.dot(left, even.to(left.dtype), evens, input_precision="ieee")
-        odds = tl.dot(left, odd.to(left.dtype), odds, input_precision="ieee")
-    values = tl.interleave(evens, odds)
-    column = tl.program_id(1) * (2 * BYTES) + tl.arange(0, 2 * BYTES)
-    target = out + m[:, None].to(tl.int64) * (2 * HALF) + column[None, :]
-    mask = tl.broadcast_to((m < COUNT)[:, None], (ROWS, 2 * BYTES))
+        if PARTS == 2:
+            odds = tl.dot(left, odd.to(left.dtype), odds, input_precision="ieee")
+    values = tl.interleave(evens, odds) if PARTS == 2 else evens
+    column = tl.program_id(1) * (PARTS * BYTES) + tl.arange(0, PARTS * BYTES)
+    target = out + m[:, None].to(tl.int64) * (PARTS * WIDTH) + column[None, :]
+    mask = tl.broadcast_to((m < COUNT)[:, None], (ROWS, PARTS * BYTES))
     tl.store(target, values.to(out.dtype.element_ty), mask=mask)

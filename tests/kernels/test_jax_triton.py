@@ -18,7 +18,7 @@ from jqlora_kernels.quantized_matmul import quantized_matmul
 # Triton reads the variable when it is imported, and its interpreter works on torch's arrays.
 INTERPRETED = """
 import jax, jax.numpy as jnp, numpy as np, torch
-from jqlora.quant import FP4, NF4, quantize
+from jqlora.quant import FP4, INT8, NF4, quantize
 from jqlora_kernels import triton_language as T
 from jqlora_kernels.dequantize_blockwise import reference as D
 from jqlora_kernels.quantized_matmul import reference as R
@@ -26,8 +26,9 @@ from jqlora_kernels.quantized_matmul import reference as R
 def array(a):
     return torch.from_numpy(np.array(a))
 
-for spec in (NF4(double_quant=True), FP4(block=32)):
+for spec in (NF4(double_quant=True), FP4(block=32), INT8(double_quant=True)):
     inputs, outputs, rows, layer = 64, 20, 5, jnp.int32(1)
+    parts = 1 if isinstance(spec, INT8) else 2
     kernel = jax.random.normal(jax.random.key(0), (2, inputs, outputs))
     operands = quantize(kernel, spec).kernel_operands()
     codes, scales, codebook, nested = operands
@@ -35,7 +36,7 @@ for spec in (NF4(double_quant=True), FP4(block=32)):
     flat = [array(a) for a in (layer.reshape(1), codes.reshape(2, -1), scales.reshape(2, -1))]
     flat += [array(a) for a in (codebook, *levels)]
     options = {"NESTED": nested is not None, "GROUPS": levels[0].shape[-1] if nested else 1}
-    options |= {"GROUP": 256, "BLOCK": spec.block, "BLOCKS": flat[2].shape[1]}
+    options |= {"GROUP": 256, "BLOCK": spec.block, "BLOCKS": flat[2].shape[1], "PARTS": parts}
 
     count, octets = inputs * outputs, flat[1].shape[1]
     values = torch.zeros(1, count)
@@ -45,11 +46,11 @@ for spec in (NF4(double_quant=True), FP4(block=32)):
     expected = D.dequantize_blockwise(*operands, layer, **static)
     np.testing.assert_array_equal(values.numpy()[0], np.asarray(expected).ravel())
 
-    options |= {"COUNT": rows, "N": outputs, "HALF": inputs // 2, "ROWS": 64, "FEATURES": 64}
-    options["BYTES"] = bytes_ = min(spec.block // 2, 32)
+    options |= {"COUNT": rows, "N": outputs, "WIDTH": inputs // parts, "ROWS": 64, "FEATURES": 64}
+    options["BYTES"] = bytes_ = min(spec.block // parts, 32)
     for name, tile, wide, narrow, tiles in (
         ("quantized_matmul", T.forward_tile, inputs, outputs, 1),
-        ("transposed", T.transposed_tile, outputs, inputs, inputs // 2 // bytes_),
+        ("transposed", T.transposed_tile, outputs, inputs, inputs // parts // bytes_),
     ):
         x = np.random.default_rng(0).standard_normal((rows, wide)).astype(np.float32)
         y = torch.zeros(rows, narrow)

@@ -14,6 +14,7 @@ import jax_triton
 from jax.typing import DTypeLike
 
 from jqlora_kernels.layouts import BITSANDBYTES
+from jqlora_kernels.packing import codes_per_byte
 from jqlora_kernels.scales import GROUP, Nested
 from jqlora_kernels.triton_language import decode_tile
 
@@ -41,7 +42,7 @@ def dequantize_blockwise(
     rows that end in half a byte.
     """
     rows = codes.shape[-2]
-    check(codebook, dtype, layout)
+    check(dtype, layout)
     if rows > 1 and columns % block:
         raise NotImplementedError(
             f"{columns=} is no multiple of {block=}: rows must end with a block"
@@ -63,19 +64,17 @@ def dequantize_blockwise(
         BLOCKS=operands[2].shape[1],
         COUNT=count,
         TILE=TILE,
-        **level_options(nested, block),
+        **storage_options(codebook, nested, block),
     )
     return values.reshape(*lead, rows, columns)
 
 
-def check(codebook: jax.Array, dtype: DTypeLike, layout: str) -> None:
-    """Refuses dtypes, codebooks and layouts that the kernels do not read."""
+def check(dtype: DTypeLike, layout: str) -> None:
+    """Refuses dtypes and layouts that the kernels do not read."""
     if jnp.dtype(dtype) not in map(jnp.dtype, DTYPES):
         raise NotImplementedError(
             f"{jnp.dtype(dtype)}: the kernel takes float32, bfloat16, float16"
         )
-    if codebook.shape != (16,):
-        raise NotImplementedError(f"{codebook.shape[0]} levels: the kernel reads codes of 4 bits")
     if layout != BITSANDBYTES:
         raise NotImplementedError(f"{layout=}: the kernel reads {BITSANDBYTES!r} alone")
 
@@ -101,7 +100,8 @@ def flat_operands(
     return (*operands, absmax.reshape(count, -1), offset.reshape(count), table)
 
 
-def level_options(nested: Nested | None, block: int) -> dict[str, Any]:
-    """What ``load_scales`` is compiled for."""
+def storage_options(codebook: jax.Array, nested: Nested | None, block: int) -> dict[str, Any]:
+    """The storage that a kernel is compiled for."""
     groups = 1 if nested is None else nested[0].shape[-1]
-    return {"NESTED": nested is not None, "GROUPS": groups, "GROUP": GROUP, "BLOCK": block}
+    second = {"NESTED": nested is not None, "GROUPS": groups, "GROUP": GROUP}
+    return {"PARTS": codes_per_byte(codebook), "BLOCK": block} | second
