@@ -37,6 +37,14 @@ SCHEDULE = {"initial_steps": 10, "final_steps": 15, "interval": 4, "total_steps"
 LLAMA_TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _compile_quickly():
+    """Programs this small run but briefly: optimizing them costs more than it gains."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @dataclasses.dataclass
 class Trace:
     """What happened at every step; ``scores`` and ``kept`` are by module name."""

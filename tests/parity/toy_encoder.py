@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-VOCABULARY, WIDTH, DEPTH, HEADS, LENGTH, CLASSES = 32, 24, 3, 4, 7, 3
+VOCABULARY, WIDTH, DEPTH, HEADS, LENGTH, CLASSES = 32, 24, 2, 4, 7, 3
 TARGETS = ["query", "key", "value", "output", "up", "down"]
 
 
