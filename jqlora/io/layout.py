@@ -200,7 +200,9 @@ def _check_extra(
     known = expected | {part for name in stored for part in bnb.part_names(name)}
     for name in reader.names():
         unused = checkpoint.other_head and naming.of_head(name)
-        if not (name in known or unused or naming.is_ignored(name)):
+        # published masked-LM files keep the pooler that their head does not use
+        unused |= naming.is_optional(name) or naming.is_ignored(name)
+        if not (name in known or unused):
             raise CheckpointError(
                 f"{reader.where(name)}: tensor {name!r} has no place in a "
                 f"{checkpoint.family.name} model with this config"

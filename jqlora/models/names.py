@@ -103,7 +103,11 @@ class Naming:
     def of_head(self, hf: str) -> bool:
         """Whether a tensor goes with the head, so that another head's file may lack it."""
         inside = hf.startswith(f"{self.base}.") if self.base else True
-        return not inside or any(hf.startswith(f"{module}.") for module in self.optional)
+        return not inside or self.is_optional(hf)
+
+    def is_optional(self, hf: str) -> bool:
+        """Whether a tensor belongs to a part of the base that only some heads use."""
+        return any(hf.startswith(f"{module}.") for module in self.optional)
 
     def is_ignored(self, hf: str) -> bool:
         """Whether a tensor of a file says nothing of its own."""
