@@ -15,6 +15,7 @@ from jqlora.optim.residence import planned, planned_residence, residence
 from jqlora.train import TrainState, make_train_step
 from jqlora.train.checkpoint import Checkpoints
 from tests.train import toy
+from tests.train.compilations import compilations
 
 LAYERS, WIDTH, RANK = 6, 16, 4
 RATE = optim.cosine(0.01, steps=20, warmup=2)
@@ -182,7 +183,7 @@ def test_in_the_training_step_it_is_the_plain_optimizer_to_rounding():
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), *ends)
 
 
-def test_the_step_of_sharded_adapters_keeps_them_so_and_compiles_once(tmp_path, caplog):
+def test_the_step_of_sharded_adapters_keeps_them_so_and_compiles_once(tmp_path):
     """On two devices, each with its share of the moments on the host; resumed as well."""
     mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     rows, copies = (jax.NamedSharding(mesh, spec) for spec in (jax.P("d"), jax.P()))
@@ -202,13 +203,13 @@ def test_the_step_of_sharded_adapters_keeps_them_so_and_compiles_once(tmp_path, 
     adapters, params = jax.device_put(adapters, rows), jax.device_put(params, copies)
     start = TrainState.create(adapters, tx, jax.random.key(2))
     fresh, step = jax.tree.map(jnp.copy, start), make_train_step(toy.apply, tx)
-    with jax.log_compiles():
+    with compilations() as compiled:
         half = go_on(step, start, params, range(2))
         Checkpoints(tmp_path).save(half, {})
         whole = go_on(step, half, params, range(2, 4))
         restored, _ = Checkpoints(tmp_path).restore_latest(fresh)
         resumed = go_on(step, restored, params, range(2, 4))
-    assert sum("XLA compilation of jit(step)" in line for line in caplog.messages) == 1
+    assert len(compiled) == 1
     assert_identical(resumed.adapters, whole.adapters)
     for moment in jax.tree.leaves((whole.opt_state[0].mu, resumed.opt_state[0].nu)):
         assert on_host(moment)
