@@ -9,7 +9,8 @@ from safetensors.numpy import load_file  # noqa: E402
 
 from jqlora.io import load  # noqa: E402
 from jqlora.io.save import save_pretrained  # noqa: E402
-from tests.models import variants  # noqa: E402
+from jqlora.tree import flatten  # noqa: E402
+from tests.models import encoders, variants  # noqa: E402
 
 pytestmark = pytest.mark.parity
 # one of each kind, those that say most in their config
@@ -43,3 +44,45 @@ def test_a_checkpoint_read_and_written_again_is_the_same_to_transformers(name, t
     np.testing.assert_array_equal(
         variants.hf_run(again, ids).logits, variants.hf_run(hf, ids).logits
     )
+
+
+ENCODERS = [
+    ("bert", encoders.ANSWERS),
+    ("roberta", encoders.SEQUENCE),
+    ("xlm_roberta_relu", encoders.MASKED),
+    ("deberta_v2", encoders.MASKED),
+    ("deberta_v3", encoders.TOKENS),
+]
+
+
+@pytest.mark.parametrize(("base", "task"), ENCODERS)
+def test_an_encoder_read_and_written_again_is_the_same_to_transformers(base, task, tmp_path):
+    encoder = encoders.checkpoint(base, task)
+    encoder.hf.save_pretrained(tmp_path / "theirs")
+    save_pretrained(tmp_path / "ours", *load(tmp_path / "theirs"))
+    theirs, ours = (load_file(tmp_path / s / "model.safetensors") for s in ("theirs", "ours"))
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        np.testing.assert_array_equal(ours[key], tensor)
+    again, report = type(encoder.hf).from_pretrained(
+        tmp_path / "ours", attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(report.values())
+    inputs = encoders.batch(encoder)
+    np.testing.assert_array_equal(
+        *(
+            encoders.logits_of(encoders.run_theirs(one, inputs))
+            for one in (encoder, encoder._replace(hf=again.eval()))
+        )
+    )
+
+
+def test_torchs_own_file_of_a_state_dict_is_read_with_its_tied_copies(tmp_path):
+    encoder = encoders.checkpoint("bert", encoders.MASKED)
+    assert "cls.predictions.decoder.weight" in encoder.hf.state_dict()
+    torch.save(encoder.hf.state_dict(), tmp_path / "pytorch_model.bin")
+    encoder.hf.config.save_pretrained(tmp_path)
+    model, params = load(tmp_path, dtype="float32", task=encoders.MASKED)
+    assert model.task == encoders.MASKED
+    for path, leaf in flatten(encoder.params).items():
+        np.testing.assert_array_equal(flatten(params)[path], leaf)
