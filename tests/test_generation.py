@@ -60,11 +60,10 @@ def hf_generate(hf, ids, mask, count, **options):
         "llama3_gqa_scaled",
         "mistral_window",
         "qwen2_layer_types",
-        "qwen3_biased_windows",
+        "qwen3",
         "gemma",
         "gemma2",
         "gemma3",
-        "phi3",
         "gpt2_scaled_by_layer",
     ],
 )

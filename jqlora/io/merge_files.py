@@ -89,8 +89,9 @@ class _Weights:
 
     def group(self, item: HFName) -> Group:
         stored = self._stored.get(item.hf)
-        stored_shape = self._reader.info(item.hf).shape
-        shape = stored_shape if stored is None else stored.matrix_shape[::-1]
+        shape = self._reader.info(item.hf).shape
+        if stored is not None:
+            shape = stored.matrix_shape[::-1] if item.transpose else stored.matrix_shape
         return Group(
             {item.hf: TensorInfo(tuple(shape), self._dtype)}, lambda: {item.hf: self._merged(item)}
         )
@@ -105,13 +106,14 @@ class _Weights:
         return weight.astype(self._dtype)
 
     def _base(self, item: HFName) -> np.ndarray:
-        """The tensor as stored (out, in), rounded to the dtype as loading would."""
+        """The tensor as it is stored, decoded and rounded to the dtype as loading would."""
         if item.path in self._full:
             leaf = self._full[item.path]
             array = np.asarray(leaf if item.index is None else leaf[item.index])
             array = array.T if item.transpose else array
         elif (stored := self._stored.get(item.hf)) is not None:
-            array = np.asarray(bnb.read_qtensor(self._reader, stored).dequantize_rows())
+            codes = bnb.read_qtensor(self._reader, stored)
+            array = np.asarray(codes.dequantize_rows() if item.transpose else codes.dequantize())
         else:
             array = read_float(self._reader, item.hf)
         return array.astype(self._dtype)

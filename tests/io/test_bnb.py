@@ -9,7 +9,12 @@ bitsandbytes = pytest.importorskip("bitsandbytes")
 
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 from transformers import LlamaConfig as TorchConfig  # noqa: E402
 
 from jqlora.attach import bind  # noqa: E402
@@ -253,6 +258,27 @@ def check_dense(folder, model):
         got = leaf_of(params, name)
         expected = tensor.contiguous().view(torch.uint8).numpy()
         assert np.ascontiguousarray(got).tobytes() == expected.tobytes(), name
+
+
+def test_codes_of_conv1d_weights_are_those_that_transformers_loads(tmp_path):
+    sizes = {"vocab_size": 64, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 16}
+    dense = GPT2LMHeadModel(GPT2Config(**sizes)).eval()
+    with torch.no_grad():
+        for parameter in dense.parameters():
+            parameter.normal_(0, 0.2)
+    dense.save_pretrained(tmp_path / "dense")
+    quantize_checkpoint(tmp_path / "dense", tmp_path / "ours", NF4())
+    theirs = torch_model(tmp_path / "ours")
+    model, params = load(tmp_path / "ours")
+    kernel = params["transformer"]["h"]["mlp"]["c_proj"]["kernel"]
+    weight = theirs.transformer.h[1].mlp.c_proj.weight
+    decoded = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+    np.testing.assert_array_equal(np.asarray(kernel.dequantize())[1], decoded.numpy().T)
+    ids = np.arange(12, dtype=np.int32)[None]
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(ids).long()).logits.numpy()
+    got = np.asarray(bind(model)({"params": params}, jnp.asarray(ids)).logits)
+    assert np.abs(got - expected).max() < 1e-4 * np.ptp(expected)
 
 
 def test_what_we_save_transformers_loads_with_equal_logits(tmp_path):

@@ -14,11 +14,11 @@ from tests.models.variants import ROWS, TINY
 # what a file cannot say, as it is the same in all models of that kind
 SAME = {"query_pre_attn_scalar": 12, "hidden_act": "gelu_pytorch_tanh"}
 CASES = {
-    "qwen3": TINY | ROWS["qwen3_wide_heads"],
+    "qwen3": TINY | {"model_type": "qwen3", "head_dim": 12},
     "gemma": TINY | ROWS["gemma"] | SAME,
     "gemma2": TINY | ROWS["gemma2"] | SAME,
     "gemma3": TINY | ROWS["gemma3"] | SAME,
-    "phi3": TINY | ROWS["phi3"],
+    "phi3": TINY | {"model_type": "phi3", "sliding_window": 6},
     "phi3 of a longer context": TINY | ROWS["phi3_longrope"],
     "gpt2": TINY | ROWS["gpt2"],
 }

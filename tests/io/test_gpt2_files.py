@@ -2,14 +2,21 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from jqlora.attach import init, plan
 from jqlora.errors import CheckpointError
 from jqlora.io import load
+from jqlora.io.merge_files import merge_checkpoint
+from jqlora.io.peft import save_adapter
+from jqlora.io.quantize_files import quantize_checkpoint
 from jqlora.io.save import save_pretrained
-from jqlora.quant import NF4, quantize
+from jqlora.merging import merge
+from jqlora.methods import LoRA
+from jqlora.quant import NF4, QTensor, quantize
 from jqlora.tree import flatten
 from tests.io.toy_files import tensors_of, write_tensors
 
@@ -97,6 +104,28 @@ def test_what_is_saved_is_what_was_read(tensors, loaded, tmp_path):
     assert saved.keys() == tensors.keys()
     for name, value in tensors.items():
         np.testing.assert_array_equal(saved[name], value)
+
+
+@pytest.mark.parametrize("quantize_base", [False, True])
+def test_merging_file_by_file_equals_merging_in_memory(quantize_base, loaded, tmp_path):
+    save_pretrained(tmp_path / "dense", *loaded)
+    if quantize_base:
+        quantize_checkpoint(tmp_path / "dense", tmp_path / "base", NF4())
+    base = tmp_path / ("base" if quantize_base else "dense")
+    model, params = load(base)
+    ours = plan(model, params, LoRA(rank=2, alpha=4, targets=["c_attn", "mlp.c_proj"]))
+    adapters = init(jax.random.key(0), ours)
+    adapters = jax.tree.map(lambda leaf: leaf + 0.1, adapters)
+    save_adapter(tmp_path / "adapter", ours, adapters, model=model)
+    written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert written["fan_in_fan_out"] is True
+    merge_checkpoint(base, tmp_path / "adapter", tmp_path / "merged")
+    expected = flatten(merge(ours, params, adapters))
+    for path, leaf in flatten(load(tmp_path / "merged")[1]).items():
+        expected_leaf = expected[path]
+        if isinstance(expected_leaf, QTensor):  # no adapter, so no reason to decode in memory
+            expected_leaf = expected_leaf.dequantize()
+        np.testing.assert_allclose(leaf, expected_leaf, atol=1e-6)
 
 
 def test_codes_are_those_of_the_transposed_weight_and_survive_a_file(tensors, tmp_path):

@@ -18,7 +18,7 @@ NAMES = [
     "llama3_gqa_scaled",
     "mistral_window",
     "qwen2_layer_types",
-    "qwen3_biased_windows",
+    "qwen3",
     "gemma",
     "gemma2",
     "gemma3",

@@ -97,6 +97,16 @@ def test_absent_keys_take_the_defaults_of_transformers(model_type):
     assert parse(kept) == parse(theirs)
 
 
+def test_gemma_2_caps_unless_its_config_says_null():
+    capped, null = parsed("gemma2"), {"attn_logit_softcapping": None}
+    assert (capped.attention_softcap, capped.logit_softcap) == (3.0, 2.0)
+    assert parse({"model_type": "gemma2", **TINY}).attention_softcap == 50.0
+    assert parsed("gemma2", **null).attention_softcap is None
+    full = parsed("gemma2", layer_types=["full_attention"] * 3)
+    assert full.windowed == (False,) * 3
+    assert full.sliding_window == 4  # transformers asks for one all the same
+
+
 REFUSED = [
     ({"hidden_act": "quick_gelu"}, r"hidden_act='quick_gelu'.*silu"),
     ({"rope_scaling": {"type": "su", "factor": 2}}, r"rope_type.*'su'.*llama3"),

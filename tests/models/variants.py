@@ -97,10 +97,9 @@ ROWS: dict[str, dict[str, Any]] = {
         "sliding_window": 3,
         "layer_types": LAYER_TYPES,
     },
-    "qwen3_wide_heads": {"model_type": "qwen3", "head_dim": 12},
-    "qwen3_biased_windows": {
+    "qwen3": {
         "model_type": "qwen3",
-        "head_dim": 8,
+        "head_dim": 12,
         "attention_bias": True,
         "tie_word_embeddings": True,
         "use_sliding_window": True,
@@ -123,15 +122,6 @@ ROWS: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": 2.0,
         "tie_word_embeddings": True,
     },
-    "gemma2_uncapped": {
-        "model_type": "gemma2",
-        "head_dim": 8,
-        "sliding_window": 5,
-        "attn_logit_softcapping": None,
-        "final_logit_softcapping": None,
-        "layer_types": ["full_attention"] * 3,
-        "attention_bias": True,
-    },
     "gemma3": {
         "model_type": "gemma3_text",
         "num_hidden_layers": 6,
@@ -144,9 +134,9 @@ ROWS: dict[str, dict[str, Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
         },
     },
-    "phi3": {"model_type": "phi3", "sliding_window": 6},
     "phi3_longrope": {
         "model_type": "phi3",
+        "sliding_window": 6,
         "original_max_position_embeddings": 10,
         **rope(
             "longrope",
