@@ -5,6 +5,7 @@ PEFT's loop is ``loss.backward(); optimizer.step(); update_and_allocate(number o
 It is run in fp64 too, to tell rounding from error.
 """
 
+import copy
 import dataclasses
 
 import jax
@@ -22,9 +23,10 @@ from jqlora.attach import bind, plan
 from jqlora.io import load
 from jqlora.methods import AdaLoRA
 from jqlora.optim.adalora import allocation_of, kept_by_module, scores_by_module
-from jqlora.train import TrainState, causal_lm_loss, make_train_step
+from jqlora.train import TrainState, causal_lm_loss, loss_for, make_train_step
 from jqlora.tree import unflatten
-from tests.parity import toy_encoder
+from tests.models import encoders
+from tests.models.variants import params_from
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
@@ -35,6 +37,7 @@ BETAS = (0.875, 0.96875)
 # the end of the budget phase, 45, is no multiple of the interval: PEFT chooses there all the same
 SCHEDULE = {"initial_steps": 10, "final_steps": 15, "interval": 4, "total_steps": STEPS}
 LLAMA_TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
+ROBERTA_TARGETS = ["query", "key", "value", "dense"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -203,33 +206,26 @@ def llama(folder):
 
 
 def encoder(folder):
-    """The same on a toy encoder with a classifier, its layers in a loop."""
-    tokens = token_batches(toy_encoder.VOCABULARY, 8, toy_encoder.LENGTH)
-    labels = (tokens[..., 0] // 4 % toy_encoder.CLASSES).astype(np.int32)
-    theirs = [
-        {"ids": torch.tensor(t).long(), "labels": torch.tensor(y).long()}
-        for t, y in zip(tokens, labels, strict=True)
-    ]
+    """The same on a tiny RoBERTa with a classifier, its layers in a loop."""
+    base = copy.deepcopy(encoders.checkpoint("roberta", encoders.SEQUENCE).hf)
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.mul_(0.6 if parameter.ndim > 1 else 1)
+    tokens = 3 + token_batches(32, 8, 7)
+    labels = (tokens[..., 1] // 4 % encoders.LABELS).astype(np.int32)
+    batches = [{"input_ids": t, "labels": y} for t, y in zip(tokens, labels, strict=True)]
+    theirs = [{name: torch.tensor(a).long() for name, a in batch.items()} for batch in batches]
 
     def adapted():
         torch.manual_seed(0)
-        base = toy_encoder.TorchEncoder()
-        return base, peft.get_peft_model(base, their_config(toy_encoder.TARGETS))
+        return peft.get_peft_model(copy.deepcopy(base), their_config(ROBERTA_TARGETS))
 
-    torch.manual_seed(0)
-    params = toy_encoder.linen_params(toy_encoder.TorchEncoder())
-    model = toy_encoder.Encoder()
-    ours = plan(model, params, spec(toy_encoder.TARGETS), tokens[0])
-
-    def loss(apply, variables, batch, key):
-        logits = apply(variables, batch["ids"], key=key)
-        each = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
-        return each.sum(), jnp.asarray(float(each.size))
-
-    adapters = their_adapters(adapted()[1], ours)
-    batches = [{"ids": t, "labels": y} for t, y in zip(tokens, labels, strict=True)]
-    trace, _ = train_ours(model, params, adapters, ours, batches, loss)
-    return *(train_theirs(adapted()[1], theirs, d) for d in (torch.float32, torch.float64)), trace
+    model = encoders.checkpoint("roberta", encoders.SEQUENCE).model.clone(scan=False)
+    params = params_from(base.state_dict(), model)
+    ours = plan(model, params, spec(ROBERTA_TARGETS))
+    adapters = their_adapters(adapted(), ours)
+    trace, _ = train_ours(model, params, adapters, ours, batches, loss_for(model))
+    return *(train_theirs(adapted(), theirs, d) for d in (torch.float32, torch.float64)), trace
 
 
 def largest(left, right):
