@@ -6,6 +6,7 @@ from jqlora.quant.matmul import choose_backends, quantized_matmul
 from jqlora.quant.params import Footprint, footprint, is_quantized_path, quantize_params
 from jqlora.quant.qtensor import NestedScales, QTensor, is_qtensor, leaf_shapes
 from jqlora.quant.quantize import empty, quantize, quantize_rows
+from jqlora.quant.sharding import split_inputs, split_outputs
 from jqlora.quant.spec import FP4, INT8, NF4, BlockQuant
 
 __all__ = [
@@ -31,5 +32,7 @@ __all__ = [
     "quantize_params",
     "quantize_rows",
     "quantized_matmul",
+    "split_inputs",
+    "split_outputs",
     "with_layout",
 ]

@@ -22,6 +22,11 @@ XLA_OPTIONS = {"xla_dump_emitter_re": "ptx"}
 MOSAIC_VARIABLES = ("MOSAIC_GPU_DUMP_PTXAS", "MOSAIC_GPU_DUMP_HOST_LLVM")
 FOUND = re.compile(r"entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) reg", re.DOTALL)
 
+LAUNCH = re.compile(
+    r"call void @mosaic_gpu_(?:launch_kernel|build_kernel_spec)"  # up to JAX 0.10, and after
+    r"\(ptr %\d+(?:, i32 \d+){9}, i32 (\d+)"  # grid, clusters and threads; then shared memory
+)
+
 
 @dataclass(frozen=True)
 class Assembled:
@@ -69,9 +74,7 @@ def of_xla(folder: Path) -> Iterator[Assembled]:
 def of_mosaic(folder: Path) -> Iterator[Assembled]:
     """Mosaic's kernels. They are named for their Python function only in some versions."""
     for file in sorted(folder.glob("*.ptxas")):
-        (shared,) = re.findall(
-            r"@mosaic_gpu_get_function\(.*?i32 (\d+)", file.with_suffix(".ll").read_text()
-        )
+        (shared,) = LAUNCH.findall(file.with_suffix(".ll").read_text())
         for registers, spilled in listened(file.read_text()).values():
             yield Assembled("mosaic", int(shared), registers, spilled)
 

@@ -11,12 +11,20 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jqlora.quant import INT8, NF4, quantize
-from jqlora_kernels.quantized_matmul import quantized_matmul, sharded_matmul
+from jqlora_kernels.quantized_matmul import quantized_matmul
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
 )
-SPECS = {"plain": NF4(), "nested": NF4(double_quant=True), "int8": INT8(double_quant=True)}
+NESTED = NF4(double_quant=True)
+OUTPUTS, INPUTS = P(None, "model", None), P(None, None, "model")
+CASES = {
+    "outputs, scales cut inside a group": (NESTED, 256, 24, OUTPUTS, "reference"),
+    "outputs, whole groups of scales": (NESTED, 256, 128, OUTPUTS, "triton_interpret"),
+    "outputs, rows of x too": (INT8(), 256, 24, OUTPUTS, "reference"),
+    "inputs": (NESTED, 256, 24, INPUTS, "triton_interpret"),
+    "inputs, plain scales": (INT8(), 256, 24, INPUTS, "reference"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -24,63 +32,60 @@ def mesh():
     return Mesh(np.array(jax.devices()[:2]), ("model",))
 
 
-def stored(spec, mesh, over, outputs):
-    """A stack of two matrices on both devices, split as ``over`` says."""
-    kernel = jax.random.normal(jax.random.key(0), (2, 256, outputs)) / 10
-    codes, scales, book, nested = quantize(kernel, spec).kernel_operands()
-    split = P(None, "model", None) if over == "outputs" else P(None, None, "model")
+def stored(mesh, spec, inputs, outputs, split):
+    """A stack of two matrices on both devices, codes and scales split as told."""
+    kernel = jax.random.normal(jax.random.key(0), (2, inputs, outputs)) / 10
+    codes, scales, *tables = quantize(kernel, spec).kernel_operands()
     place = functools.partial(jax.device_put, device=NamedSharding(mesh, split))
-    return place(codes), place(scales), book, nested
+    whole = functools.partial(jax.device_put, device=NamedSharding(mesh, P()))
+    return place(codes), place(scales), *jax.tree.map(whole, tables)
 
 
-CASES = [
-    *((name, "outputs", 24, "reference") for name in SPECS),
-    *((name, "inputs", 24, "reference") for name in SPECS),
-    ("nested", "outputs", 128, "triton_interpret"),  # pieces of one whole group of scales
-    ("nested", "inputs", 24, "triton_interpret"),
-]
+def product_and_gradient(x, index, *operands, **static):
+    y, pull = jax.vjp(lambda x: quantized_matmul(x, *operands, index, **static), x)
+    return y, pull(jnp.cos(y))[0]
 
 
-@pytest.mark.parametrize(("name", "over", "outputs", "backend"), CASES)
-def test_pieces_give_the_product_and_gradient_of_the_whole(mesh, name, over, outputs, backend):
-    spec = SPECS[name]
-    operands = stored(spec, mesh, over, outputs)
-    x = jax.random.normal(jax.random.key(1), (3, 256))
+def gathered(compiled):
+    """Dtypes of what the devices gather from each other."""
+    return set(re.findall(r"= (\w+)\[[^\]]*\]\S* all-gather", compiled.as_text()))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_pieces_give_the_product_and_gradient_of_the_whole_and_no_code_travels(mesh, case):
+    spec, inputs, outputs, split, backend = CASES[case]
+    operands = stored(mesh, spec, inputs, outputs, split)
+    rows = P("model") if "rows of x" in case else P()
+    x = jax.random.normal(jax.random.key(1), (4, inputs))
+    x = jax.device_put(x, NamedSharding(mesh, rows))
     static = {"block": spec.block, "features": outputs}
-
-    @jax.jit
-    def pieces(x, index, *operands):
-        y, pull = jax.vjp(
-            lambda x: sharded_matmul(
-                x, *operands, index, **static, mesh=mesh, axis="model", over=over, backend=backend
-            ),
-            x,
-        )
-        return y, pull(jnp.cos(y))[0]
-
+    pieces = jax.jit(functools.partial(product_and_gradient, **static, backend=backend))
     compiled = pieces.lower(x, jnp.int32(1), *operands).compile()
-    gathers = re.findall(r"= (\w+)\[[^\]]*\]\S* all-gather", compiled.as_text())
-    assert "u8" not in gathers
-    y, pull = jax.vjp(lambda x: quantized_matmul(x, *operands, jnp.int32(1), **static), x)
+    assert gathered(compiled) <= ({"f32"} if rows != P() else set())
     actual = compiled(x, jnp.int32(1), *operands)
-    for one, whole in zip(actual, (y, pull(jnp.cos(y))[0]), strict=True):
-        np.testing.assert_allclose(one, whole, atol=5e-6)
+    assert actual[split == INPUTS].sharding.spec == P(None, "model")
+    whole = jax.tree.map(np.asarray, (x, jnp.int32(1), *operands))
+    expected = jax.jit(functools.partial(product_and_gradient, **static))(*whole)
+    for one, other in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=5e-6)
 
 
-@pytest.mark.parametrize("over", ["outputs", "inputs"])
-def test_the_compiler_splits_the_definition_without_gathering_codes(mesh, over):
-    operands = stored(NF4(), mesh, over, 24)
-    x = jnp.ones((3, 256))
-    product = jax.jit(
-        lambda x, i, *o: quantized_matmul(x, *o, i, block=64, features=24, backend="reference")
-    )
-    text = product.lower(x, jnp.int32(1), *operands).compile().as_text()
-    assert "u8" not in re.findall(r"= (\w+)\[[^\]]*\]\S* all-gather", text)
+def test_rows_of_x_stay_apart_where_the_matrix_is_whole(mesh):
+    operands = stored(mesh, NESTED, 256, 24, P())
+    x = jax.device_put(jnp.ones((4, 256)), NamedSharding(mesh, P("model")))
+    static = {"block": 64, "features": 24, "backend": "triton_interpret"}
+    pieces = jax.jit(functools.partial(product_and_gradient, **static))
+    compiled = pieces.lower(x, jnp.int32(1), *operands).compile()
+    assert "all-" not in compiled.as_text()
+    assert [y.sharding.spec for y in compiled(x, jnp.int32(1), *operands)] == [P("model")] * 2
 
 
-def test_pieces_that_end_inside_a_block_are_refused(mesh):
-    operands = stored(NF4(), mesh, "outputs", 24)
-    split = functools.partial(sharded_matmul, block=64, mesh=mesh, axis="model")
-    odd = [operands[0][:, :23], operands[1][:, :23], operands[2]]
-    with pytest.raises(ValueError, match=r"23 rows of 4 blocks .* 2 pieces over outputs"):
-        split(jnp.ones((3, 256)), *odd, None, jnp.int32(0), features=23, over="outputs")
+def test_blocks_that_run_on_from_row_to_row_have_no_pieces(mesh):
+    operands = stored(mesh, NF4(), 100, 64, INPUTS)
+    x = jax.device_put(jnp.ones((2, 100)), NamedSharding(mesh, P()))
+    static = {"block": 64, "features": 64}
+    y, dx = jax.jit(functools.partial(product_and_gradient, **static))(x, jnp.int32(1), *operands)
+    whole = jax.tree.map(np.asarray, operands)
+    expected = product_and_gradient(x, jnp.int32(1), *whole, **static)
+    np.testing.assert_allclose(y, expected[0], atol=5e-6)
+    np.testing.assert_allclose(dx, expected[1], atol=5e-6)

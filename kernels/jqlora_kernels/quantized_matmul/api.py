@@ -15,6 +15,7 @@ from jqlora_kernels.batching import Operands, batchable_product
 from jqlora_kernels.dispatch import Choice
 from jqlora_kernels.optional import lazily
 from jqlora_kernels.quantized_matmul import pallas_triton, reference
+from jqlora_kernels.quantized_matmul.partitioning import partitionable
 from jqlora_kernels.scales import Nested
 
 
@@ -48,6 +49,8 @@ def quantized_matmul(
     name only until a device has run them.
 
     Under ``vmap`` a batch of ``x`` becomes more rows; a batch of matrices is multiplied one by one.
+    Under ``jit`` a matrix in pieces on several devices is multiplied where it lies, see
+    ``partitioning``.
     """
     operands = (codes, scales, codebook, nested, index)
     return differentiable(x, operands, features, Static(block, layout, backend))
@@ -125,10 +128,11 @@ differentiable.defvjp(forward, backward)
 def product(
     name: str, x: jax.Array, operands: Operands, features: int, static: Static
 ) -> jax.Array:
-    """``quantized_matmul`` or ``transposed`` on a backend, with rules for ``vmap``."""
-    found = backends(name, features, static)
+    """``quantized_matmul`` or ``transposed`` on a backend, with rules for batches and pieces."""
 
-    def serve(x: jax.Array, operands: Operands) -> jax.Array:
+    def serve(x: jax.Array, operands: Operands, features: int) -> jax.Array:
+        found = backends(name, features, static)
         return dispatch.run(name, found, static.backend, x, *operands)
 
-    return batchable_product(serve)(x, operands)
+    split = partitionable(serve, block=static.block, transposed=name == "transposed")
+    return batchable_product(lambda x, operands: split(x, operands, features))(x, operands)
