@@ -23,7 +23,10 @@ pytestmark = pytest.mark.filterwarnings(
 )
 BUDGET = {"float32": 1e-6, "bfloat16": 2**-7, "float16": 2**-10}
 SPECS = [kind(double_quant=nested) for kind in (NF4, FP4, INT8) for nested in (False, True)]
-EVERY_BLOCK = [*zip(BLOCKS, (3, 17) * 4, (NF4, INT8) * 4, strict=True)]
+KINDS = [SPECS[2 * i + (i + j) % 2] for i in range(3) for j in range(3)]
+"""Every scheme three times, for three dtypes, its scales plain and nested in turn."""
+TILED = [*zip((32, 128, 256, 4096), (3, 17) * 2, (NF4, INT8) * 2, strict=True)]
+"""Blocks below, at and above every tile's width; decoding tries all of them."""
 # Interpreting a kernel copies whole operands at every step: the widest layers take minutes each.
 LAYERS = {name: shape for name, shape in MODEL_LAYERS.items() if shape[0] * shape[1] <= 2**19}
 
@@ -106,15 +109,14 @@ def test_products_agree_for_ragged_shapes(shape, spec, dtype):
     assert_multiplies_alike(rows_of(rows, inputs, dtype), operands, spec.block, outputs)
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=str)
-@pytest.mark.parametrize("dtype", BUDGET)
+@pytest.mark.parametrize(("spec", "dtype"), [*zip(KINDS, itertools.cycle(BUDGET))])
 def test_products_agree_in_every_dtype(spec, dtype):
     operands, _ = layer(192, 70, spec, dtype)
     assert_multiplies_alike(rows_of(5, 192, dtype), operands, 64, 70)
 
 
-@pytest.mark.parametrize(("block", "count", "kind"), EVERY_BLOCK)
-def test_products_agree_for_every_block(block, count, kind):
+@pytest.mark.parametrize(("block", "count", "kind"), TILED)
+def test_products_agree_for_blocks_of_every_width(block, count, kind):
     inputs = max(block, 256)
     operands, _ = layer(inputs, 20, kind(block=block, double_quant=True), "float32")
     assert_multiplies_alike(rows_of(count, inputs, "float32"), operands, block, 20)
