@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
 
 import jqlora as jq
 from jqlora.train import cross_entropy
@@ -229,6 +230,11 @@ def draw(results: list[dict], path: Path) -> None:
         axes.set_xlabel("method and learning rate")
         axes.set_ylabel(unit)
         axes.set_title(f"Test {field}: each seed, and the mean", loc="left", fontsize=10)
+        if field == "loss":  # what a rate too small leaves is tens of times the others
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(FixedLocator([0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 3, 5]))
+            axes.yaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(axis="y", alpha=0.3, linewidth=0.6)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
