@@ -18,7 +18,7 @@ from jqlora_kernels.quantized_matmul import quantized_matmul
 # Triton reads the variable when it is imported, and its interpreter works on torch's arrays.
 INTERPRETED = """
 import jax, jax.numpy as jnp, numpy as np, torch
-from jqlora.quant import FP4, INT8, NF4, quantize
+from jqlora.quant import INT8, NF4, quantize
 from jqlora_kernels import triton_language as T
 from jqlora_kernels.dequantize_blockwise import reference as D
 from jqlora_kernels.quantized_matmul import reference as R
@@ -26,7 +26,7 @@ from jqlora_kernels.quantized_matmul import reference as R
 def array(a):
     return torch.from_numpy(np.array(a))
 
-for spec in (NF4(double_quant=True), FP4(block=32), INT8(double_quant=True)):
+for spec in (NF4(double_quant=True), INT8(block=32)):
     inputs, outputs, rows, layer = 64, 20, 5, jnp.int32(1)
     parts = 1 if isinstance(spec, INT8) else 2
     kernel = jax.random.normal(jax.random.key(0), (2, inputs, outputs))
