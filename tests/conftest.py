@@ -17,16 +17,6 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files stay whole when tests are spread over processes: what a file shares is made once.
-
-    The files of ``tests/cli`` share their finished run, so they stay together.
-    """
-    for item in items:
-        folder = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group("cli" if folder == "cli" else item.path.name))
-
-
 @pytest.fixture
 def getkey():
     """A function that hands out a fresh PRNG key at each call, the same sequence in every run."""
