@@ -16,7 +16,7 @@ LAYERS = [
     {"quant", "sites", "methods", "models"},
     {"attach"},
     {"merging", "compacting"},
-    {"io", "data", "optim", "generation"},
+    {"io", "data", "optim", "generation", "tasks"},
     {"train"},
     {"config"},
     {"run"},

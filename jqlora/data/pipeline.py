@@ -9,12 +9,12 @@ and every batch has the same shape.
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from jqlora.data.packing import Batch, Rows, fill_row, longest, pack, pad
+from jqlora.data.packing import Batch, fill_row, longest, pack, pad
 from jqlora.data.tokenize import Example
 from jqlora.errors import DataError
 
@@ -22,10 +22,11 @@ from jqlora.errors import DataError
 class Loader(Iterator[Batch]):
     """Batches ``[batch_size, length]`` up to ``total_steps``, resumable at any of them.
 
-    ``steps_per_epoch`` batches make an epoch; ``rows.fill`` says how full they are.
+    ``steps_per_epoch`` batches make an epoch; ``rows.fill`` of packed or padded examples says how
+    full they are.
     """
 
-    def __init__(self, dataset: Any, rows: Rows, steps_per_epoch: int, fingerprint: str):
+    def __init__(self, dataset: Any, rows: Any, steps_per_epoch: int, fingerprint: str):
         import grain
 
         # the rows are in memory: reader threads would only make the process harder to fork
@@ -76,27 +77,57 @@ def make_loader(
     Raises:
       DataError: no example, one longer than ``length``, or a number out of its range.
     """
+    length = length or (longest(examples) if examples else 1)
+    rows = pack(examples, length) if packing else pad(examples, length)
+
+    def stack(members: Sequence[Batch]) -> Batch:
+        blank = [fill_row((), length)] * (batch_size - len(members))
+        return {name: np.stack([row[name] for row in (*members, *blank)]) for name in members[0]}
+
+    return loader_of(
+        rows,
+        stack,
+        content=_content(examples),
+        order=(length, batch_size, packing, seed, shuffle),
+        batch_size=batch_size,
+        seed=seed,
+        epochs=epochs,
+        steps=steps,
+        shuffle=shuffle,
+    )
+
+
+def loader_of(
+    rows: Sequence[Any],
+    stack: Callable[[Sequence[Any]], Batch],
+    *,
+    content: Iterable[bytes],
+    order: tuple[Any, ...],
+    batch_size: int,
+    seed: int = 0,
+    epochs: float | None = None,
+    steps: int | None = None,
+    shuffle: bool = True,
+) -> Loader:
+    """A loader of rows of any kind, of which ``stack`` makes a batch of up to ``batch_size``.
+
+    ``content`` and ``order`` are what a resumed run must have alike. Raises DataError for a number
+    out of its range.
+    """
     import grain
 
     if batch_size < 1:
         raise DataError(f"the batch size must be at least 1, not {batch_size}")
     if not 0 <= seed < 2**32:
         raise DataError(f"the seed must be from 0 to 2**32 - 1, not {seed}")
-    length = length or (longest(examples) if examples else 1)
-    rows = pack(examples, length) if packing else pad(examples, length)
     steps_per_epoch = -(-len(rows) // batch_size)
     total = _total_steps(steps_per_epoch, epochs, steps)
-
-    def stack(members: Sequence[Batch]) -> Batch:
-        blank = [fill_row((), length)] * (batch_size - len(members))
-        return {name: np.stack([row[name] for row in (*members, *blank)]) for name in members[0]}
-
     dataset = grain.MapDataset.source(rows).seed(seed)
     dataset = dataset.shuffle() if shuffle else dataset
     dataset = dataset.batch(batch_size, batch_fn=stack)
     dataset = dataset.repeat(-(-total // steps_per_epoch))[:total]
-    order = (length, batch_size, packing, seed, shuffle)
-    return Loader(dataset, rows, steps_per_epoch, _fingerprint(examples, order))
+    fingerprint = _fingerprint(content, order)
+    return Loader(dataset, rows, steps_per_epoch, fingerprint)
 
 
 def _total_steps(steps_per_epoch: int, epochs: float | None, steps: int | None) -> int:
@@ -108,10 +139,15 @@ def _total_steps(steps_per_epoch: int, epochs: float | None, steps: int | None) 
     return total
 
 
-def _fingerprint(examples: Sequence[Example], order: tuple[Any, ...]) -> str:
+def _fingerprint(content: Iterable[bytes], order: tuple[Any, ...]) -> str:
     digest = hashlib.sha256(repr(order).encode())
-    for example in examples:
-        digest.update(len(example).to_bytes(8, "little"))
-        digest.update(example.input_ids.tobytes())
-        digest.update(example.loss_mask.tobytes())
+    for part in content:
+        digest.update(part)
     return digest.hexdigest()[:16]
+
+
+def _content(examples: Sequence[Example]) -> Iterator[bytes]:
+    for example in examples:
+        yield len(example).to_bytes(8, "little")
+        yield example.input_ids.tobytes()
+        yield example.loss_mask.tobytes()

@@ -11,7 +11,7 @@ import glob
 import importlib.util
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ from jqlora.errors import DataError, SourceError
 
 Row = tuple[str, Any]
 """``file:line`` and the decoded row."""
+Reader = Callable[[Path], Iterator[Row]]
+Sources = str | Path | Sequence[str | Path]
 
 
-def read_records(source: str | Path | Sequence[str | Path]) -> list[Record]:
+def read_records(source: Sources) -> list[Record]:
     """All records of a source, in file order.
 
     ======================  ============================================================
@@ -36,27 +38,37 @@ def read_records(source: str | Path | Sequence[str | Path]) -> list[Record]:
       SourceError: nothing is there, or the suffix is unknown, or ``datasets`` cannot load it.
       DataError: a bad record (with file and line), or no record at all.
     """
+    return [parse_record(row, origin) for origin, row in read_rows(source)]
+
+
+def read_rows(source: Sources, readers: Mapping[str, Reader] | None = None) -> list[Row]:
+    """All rows of a source as they are, each with its origin; ``readers`` by suffix go before those
+    of :func:`read_records`.
+
+    Raises SourceError and DataError as it does.
+    """
     sources = [source] if isinstance(source, str | Path) else list(source)
-    records = [
-        parse_record(row, origin) for one in sources for origin, row in _rows_of_source(str(one))
-    ]
-    if not records:
+    chosen = {**READERS, **(readers or {})}
+    rows = [row for one in sources for row in _rows_of_source(str(one), chosen)]
+    if not rows:
         raise DataError(f"no records in {', '.join(map(str, sources)) or 'an empty list of files'}")
-    return records
+    return rows
 
 
-def _rows_of_source(source: str) -> Iterator[Row]:
+def _rows_of_source(source: str, readers: Mapping[str, Reader]) -> Iterator[Row]:
     if source.startswith("datasets:"):
         yield from _read_datasets(source)
         return
-    for path in _files(source):
-        reader = READERS.get(path.suffix.lower())
+    for path in files_of(source):
+        reader = readers.get(path.suffix.lower())
         if reader is None:
-            raise SourceError(f"{path}: unknown suffix; expected one of {', '.join(READERS)}")
+            raise SourceError(f"{path}: unknown suffix; expected one of {', '.join(readers)}")
         yield from reader(path)
 
 
-def _files(source: str) -> list[Path]:
+def files_of(source: str) -> list[Path]:
+    """The files that a path, a pattern, a folder or ``package:NAME/FILE`` names; SourceError if
+    none."""
     path = _inside_package(source) if source.startswith("package:") else Path(source).expanduser()
     if path.is_file():
         return [path]
@@ -80,7 +92,8 @@ def _inside_package(source: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations))) / inner
 
 
-def _text_of(path: Path) -> str:
+def text_of(path: Path) -> str:
+    """The text of a UTF-8 file without its byte-order mark; DataError with the line that is not."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -89,7 +102,7 @@ def _text_of(path: Path) -> str:
 
 
 def _read_json(path: Path) -> Iterator[Row]:
-    text = _text_of(path)
+    text = text_of(path)
     is_array = text.lstrip().startswith("[")
     yield from (_json_array(path, text) if is_array else _json_lines(path, text))
 
@@ -132,7 +145,7 @@ def _json_array(path: Path, text: str) -> Iterator[Row]:
 
 def _read_csv(path: Path) -> Iterator[Row]:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    reader = csv.DictReader(io.StringIO(_text_of(path)), delimiter=delimiter, strict=True)
+    reader = csv.DictReader(io.StringIO(text_of(path)), delimiter=delimiter, strict=True)
     start = 2  # the line after the header
     try:
         for row in reader:
@@ -147,7 +160,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
 
 def _read_text(path: Path) -> Iterator[Row]:
     block: list[str] = []
-    for number, line in enumerate([*_text_of(path).split("\n"), ""], start=1):
+    for number, line in enumerate([*text_of(path).split("\n"), ""], start=1):
         if line.strip():
             block.append(line)
         elif block:
@@ -170,7 +183,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         raise DataError(f"{path}: not a readable Parquet file: {error}") from error
 
 
-READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+READERS: dict[str, Reader] = {
     ".jsonl": _read_json,
     ".json": _read_json,
     ".parquet": _read_parquet,
