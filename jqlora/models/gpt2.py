@@ -13,11 +13,10 @@ import jax.numpy as jnp
 
 from jqlora.models.activations import ACTIVATIONS
 from jqlora.models.attention import Attention, LayerCache, attend
+from jqlora.models.causal import CausalLM
 from jqlora.models.gpt2_config import GPT2Config
 from jqlora.models.masks import Attending
 from jqlora.models.norm import LayerNorm
-from jqlora.models.outputs import CausalLMOutput, KVCache
-from jqlora.models.preparation import append, attending_for, tokens_of
 from jqlora.models.projection import project
 from jqlora.models.stack import Remat, check_options, run, stacked
 
@@ -149,75 +148,20 @@ class GPT2Model(nn.Module):
             hidden = jnp.concatenate([embedded[None], hidden[:-1], x[None]])
         return x, fresh, hidden
 
+    def attend(self, x: jax.Array) -> jax.Array:
+        """x [B, T, D] against every token's embedding: [B, T, V]."""
+        return self.wte.attend(x)
 
-class GPT2LMHeadModel(nn.Module):
-    """A causal language model; its fields are those of :class:`~jqlora.models.LlamaForCausalLM`.
 
-    Scanned, the blocks' parameters are stacked under ``h``; else they live under ``h_0``, ... .
+class GPT2LMHeadModel(CausalLM):
+    """GPT-2; its fields are those of :class:`~jqlora.models.causal.CausalLM`.
+
+    The list of its blocks is ``h``. Positions from ``max_position_embeddings`` on have no
+    embedding: NaN, as ``nn.Embed`` gives.
     """
 
+    base_name = "transformer"
     config: GPT2Config
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-    scan: bool = True
-    remat: Remat = "none"
-    attention: Attention = "auto"
-    task: str = "causal-lm"
 
-    def setup(self) -> None:
-        config = self.config
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        self.transformer = GPT2Model(
-            config, scan=self.scan, remat=self.remat, attention=self.attention, **types
-        )
-        if not config.tie_word_embeddings:
-            init = nn.initializers.normal(config.initializer_range)
-            self.lm_head = nn.Dense(config.vocab_size, use_bias=False, kernel_init=init, **types)
-
-    def __call__(
-        self,
-        input_ids: jax.Array,
-        *,
-        attention_mask: jax.Array | None = None,
-        positions: jax.Array | None = None,
-        segment_ids: jax.Array | None = None,
-        cache: KVCache | None = None,
-        output_hidden_states: bool = False,
-        logits_to_keep: int = 0,
-    ) -> CausalLMOutput:
-        """Logits [B, T, V] for ``input_ids`` int32 [B, T]; as ``LlamaForCausalLM.__call__``.
-
-        Positions from ``max_position_embeddings`` on have no embedding: NaN, as ``nn.Embed`` gives.
-        """
-        tokens = tokens_of(
-            input_ids.shape,
-            attention_mask=attention_mask,
-            positions=positions,
-            segment_ids=segment_ids,
-            cache=cache,
-        )
-        attending = attending_for(
-            tokens,
-            cache,
-            padded=attention_mask is not None or segment_ids is not None,
-            emit_hidden=output_hidden_states,
-        )
-        past = None if cache is None else (cache.keys, cache.values)
-        x, fresh, hidden = self.transformer(input_ids, tokens.positions, attending, past)
-        x = x[:, -logits_to_keep:]  # -0 keeps all
-        tied = self.config.tie_word_embeddings
-        logits = self.transformer.wte.attend(x) if tied else self.lm_head(x)
-        if cache is not None:
-            assert fresh is not None
-            cache = append(cache, fresh, tokens.segment_ids)
-        return CausalLMOutput(logits=logits, hidden_states=hidden, cache=cache)
-
-    def init_cache(self, batch: int, length: int) -> KVCache:
-        """An empty cache for ``length`` tokens (padding included) of ``batch`` rows."""
-        config = self.config
-        heads = (config.num_attention_heads, config.head_dim)
-        return KVCache.empty((config.num_hidden_layers, batch, length, *heads), self.dtype)
-
-    def example_inputs(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of the smallest call, to trace the model without data."""
-        return {"input_ids": jax.ShapeDtypeStruct((1, 2), jnp.int32)}
+    def make_base(self, **fields: Any) -> nn.Module:
+        return GPT2Model(self.config, **fields)

@@ -65,6 +65,10 @@ class GPT2Config:
         return self.hidden_size // self.num_attention_heads
 
     @property
+    def num_key_value_heads(self) -> int:
+        return self.num_attention_heads
+
+    @property
     def longest(self) -> int:
         """The longest sequence the positions serve."""
         return self.max_position_embeddings

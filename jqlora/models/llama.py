@@ -13,11 +13,12 @@ import jax.numpy as jnp
 
 from jqlora.models.activations import ACTIVATIONS
 from jqlora.models.attention import Attention, LayerCache
+from jqlora.models.causal import CausalLM
 from jqlora.models.config import LlamaConfig
 from jqlora.models.masks import Attending, Tables
 from jqlora.models.norm import RMSNorm
-from jqlora.models.outputs import CausalLMOutput, KVCache
-from jqlora.models.preparation import append, attending_for, tokens_of
+from jqlora.models.outputs import KVCache
+from jqlora.models.preparation import Tokens, attending_for
 from jqlora.models.projection import project
 from jqlora.models.rope import Rope, rope_tables
 from jqlora.models.self_attention import SelfAttention
@@ -125,9 +126,17 @@ class LlamaModel(nn.Module):
         self.norm = _norm(config, **types)
 
     def __call__(
-        self, input_ids: jax.Array, attending: Attending, cache: LayerCache | None
+        self,
+        input_ids: jax.Array,
+        positions: jax.Array,
+        attending: Attending,
+        cache: LayerCache | None,
     ) -> tuple[jax.Array, LayerCache | None, jax.Array | None]:
-        """Ids [B, T] -> (normed x [B, T, D], fresh k and v [L, B, T, KV, H], hidden states)."""
+        """Ids [B, T] -> (normed x [B, T, D], fresh k and v [L, B, T, KV, H], hidden states).
+
+        The rotary tables of ``attending`` hold all that positions say.
+        """
+        del positions
         x = self.embed_tokens(input_ids)
         if self.config.scaled_embedding:
             x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
@@ -139,88 +148,40 @@ class LlamaModel(nn.Module):
             hidden = jnp.concatenate([embedded[None], hidden[:-1], x[None]])
         return x, fresh, hidden
 
+    def attend(self, x: jax.Array) -> jax.Array:
+        """x [B, T, D] against every token's embedding: [B, T, V]."""
+        return self.embed_tokens.attend(x)
 
-class LlamaForCausalLM(nn.Module):
-    """A causal language model; parameters are ``param_dtype``, computation is ``dtype``.
 
-    ``scan`` stacks the layers' parameters on a lead axis [L] under ``layers`` (compile time does
-    not grow with depth); without it they live under ``layers_0``, ``layers_1``, ... . ``remat``
-    "full" keeps only each layer's input for the backward pass, "dots" the projections' outputs
-    too. ``attention`` "auto" is cuDNN for half-precision calls on a GPU and XLA elsewhere.
-    """
+class LlamaForCausalLM(CausalLM):
+    """Any of them; its fields are those of :class:`~jqlora.models.causal.CausalLM`."""
 
-    task = "causal-lm"
+    base_name = "model"
     config: LlamaConfig
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-    scan: bool = True
-    remat: Remat = "none"
-    attention: Attention = "auto"
 
-    def setup(self) -> None:
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        self.model = LlamaModel(
-            self.config, scan=self.scan, remat=self.remat, attention=self.attention, **types
-        )
-        if not self.config.tie_word_embeddings:
-            self.lm_head = nn.Dense(
-                self.config.vocab_size,
-                use_bias=False,
-                kernel_init=nn.initializers.normal(self.config.initializer_range),
-                **types,
-            )
+    def make_base(self, **fields: Any) -> nn.Module:
+        return LlamaModel(self.config, **fields)
 
-    def __call__(
-        self,
-        input_ids: jax.Array,
-        *,
-        attention_mask: jax.Array | None = None,
-        positions: jax.Array | None = None,
-        segment_ids: jax.Array | None = None,
-        cache: KVCache | None = None,
-        output_hidden_states: bool = False,
-        logits_to_keep: int = 0,
-    ) -> CausalLMOutput:
-        """Logits [B, T, V] for ``input_ids`` int32 [B, T].
-
-        ``attention_mask`` [B, T] is 1 at real tokens (padding on either side); ``segment_ids``
-        int32 [B, T] packs several sequences into a row, 0 being padding. ``positions`` default to
-        counting the real tokens of each row or segment. With a ``cache`` the mask covers these T
-        tokens only, which are written behind the cached ones. Outputs at padding mean nothing.
-        ``logits_to_keep`` asks for the logits of the last so many tokens alone, 0 for all.
-        """
+    def attending(
+        self, tokens: Tokens, cache: KVCache | None, *, padded: bool, emit_hidden: bool
+    ) -> Attending:
         config = self.config
-        tokens = tokens_of(
-            input_ids.shape,
-            attention_mask=attention_mask,
-            positions=positions,
-            segment_ids=segment_ids,
-            cache=cache,
-        )
-        attending = attending_for(
+        return attending_for(
             tokens,
             cache,
-            padded=attention_mask is not None or segment_ids is not None,
+            padded=padded,
             window=config.sliding_window,
             windowed=config.windowed,
             tables=self._tables(config.rope, tokens.positions),
             windowed_tables=self._tables(config.local_rope, tokens.positions),
-            emit_hidden=output_hidden_states,
+            emit_hidden=emit_hidden,
         )
-        past = None if cache is None else (cache.keys, cache.values)
-        x, fresh, hidden = self.model(input_ids, attending, past)
-        x = x[:, -logits_to_keep:]  # -0 keeps all
-        if config.tie_word_embeddings:
-            logits = self.model.embed_tokens.attend(x)
-        else:
-            logits = self.lm_head(x)
-        if config.logit_softcap is not None:
-            cap = jnp.asarray(config.logit_softcap, logits.dtype)
-            logits = cap * jnp.tanh(logits / cap)
-        if cache is not None:
-            assert fresh is not None
-            cache = append(cache, fresh, tokens.segment_ids)
-        return CausalLMOutput(logits=logits, hidden_states=hidden, cache=cache)
+
+    def finish(self, logits: jax.Array) -> jax.Array:
+        if self.config.logit_softcap is None:
+            return logits
+        cap = jnp.asarray(self.config.logit_softcap, logits.dtype)
+        return cap * jnp.tanh(logits / cap)
 
     def _tables(self, rope: Rope | None, positions: jax.Array) -> Tables | None:
         if rope is None:
@@ -228,13 +189,3 @@ class LlamaForCausalLM(nn.Module):
         head_dim, longest = self.config.head_dim, self.config.max_position_embeddings
         cos, sin = rope_tables(rope, positions, head_dim=head_dim, max_positions=longest)
         return cos.astype(self.dtype), sin.astype(self.dtype)
-
-    def init_cache(self, batch: int, length: int) -> KVCache:
-        """An empty cache for ``length`` tokens (padding included) of ``batch`` rows."""
-        config = self.config
-        heads = (config.num_key_value_heads, config.head_dim)
-        return KVCache.empty((config.num_hidden_layers, batch, length, *heads), self.dtype)
-
-    def example_inputs(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of the smallest call, to trace the model without data."""
-        return {"input_ids": jax.ShapeDtypeStruct((1, 2), jnp.int32)}
