@@ -5,17 +5,14 @@ and a stack is worked on by index, one matrix after the other.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from jqlora_kernels.scales import Nested
-
-Operands: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, Nested | None, jax.Array | None]
-"""``(codes, scales, codebook, nested, index)``."""
+from jqlora_kernels.operands import Operands
 
 
 def batchable_product(

@@ -1,4 +1,4 @@
-"""A matrix in pieces on two devices is multiplied where it lies."""
+"""A matrix in pieces on two devices is multiplied and decoded where it lies."""
 
 import functools
 import re
@@ -11,6 +11,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jqlora.quant import INT8, NF4, quantize
+from jqlora_kernels.dequantize_blockwise import dequantize_blockwise
+from jqlora_kernels.layouts import BITSANDBYTES, HOPPER, repack
 from jqlora_kernels.quantized_matmul import quantized_matmul
 
 pytestmark = pytest.mark.filterwarnings(
@@ -68,6 +70,35 @@ def test_pieces_give_the_product_and_gradient_of_the_whole_and_no_code_travels(m
     expected = jax.jit(functools.partial(product_and_gradient, **static))(*whole)
     for one, other in zip(actual, expected, strict=True):
         np.testing.assert_allclose(one, other, atol=5e-6)
+
+
+@pytest.mark.parametrize("indexed", [False, True], ids=["stack", "one of it"])
+@pytest.mark.parametrize("case", CASES)
+def test_pieces_are_decoded_to_pieces_of_the_values(mesh, case, indexed):
+    spec, inputs, outputs, split, backend = CASES[case]
+    operands = (*stored(mesh, spec, inputs, outputs, split), jnp.int32(1) if indexed else None)
+    decode = functools.partial(
+        dequantize_blockwise, block=spec.block, columns=inputs, dtype=jnp.float32
+    )
+    compiled = jax.jit(functools.partial(decode, backend=backend)).lower(*operands).compile()
+    assert "all-" not in compiled.as_text()
+    values = compiled(*operands)
+    expected = NamedSharding(mesh, P(*split[1:] if indexed else split))
+    assert values.sharding.is_equivalent_to(expected, values.ndim)
+    whole = jax.tree.map(np.asarray, operands)
+    np.testing.assert_array_equal(values, decode(*whole, backend="reference"))
+
+
+@pytest.mark.parametrize(("inputs", "pieces"), [(256, True), (384, False)])
+def test_a_layout_of_spans_is_cut_between_them_or_gathered(mesh, inputs, pieces):
+    codes, *others = stored(mesh, NESTED, inputs, 24, INPUTS)
+    packed = jax.device_put(repack(np.asarray(codes), BITSANDBYTES, HOPPER, 2), codes.sharding)
+    decode = functools.partial(dequantize_blockwise, block=64, columns=inputs, dtype=jnp.float32)
+    static = {"layout": HOPPER, "backend": "reference"}
+    compiled = jax.jit(functools.partial(decode, **static)).lower(packed, *others).compile()
+    assert (gathered(compiled) == set()) == pieces
+    whole = jax.tree.map(np.asarray, (codes, *others))
+    np.testing.assert_array_equal(compiled(packed, *others), decode(*whole, backend="reference"))
 
 
 def test_rows_of_x_stay_apart_where_the_matrix_is_whole(mesh):

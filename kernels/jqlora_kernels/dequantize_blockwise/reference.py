@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jqlora_kernels.layouts import BITSANDBYTES, repack
+from jqlora_kernels.operands import select
 from jqlora_kernels.packing import codes_per_byte, unpack
 from jqlora_kernels.scales import Nested, decode_scales, look_up
 
@@ -49,18 +50,3 @@ def scale_blocks(values: jax.Array, scales: jax.Array, block: int) -> jax.Array:
     if count % block:
         return values * jnp.repeat(scales, block, axis=-1)[..., :count]
     return (values.reshape(*lead, -1, block) * scales[..., None]).reshape(values.shape)
-
-
-def select(
-    codes: jax.Array, scales: jax.Array, nested: Nested | None, index: jax.Array | None
-) -> tuple[jax.Array, jax.Array, Nested | None]:
-    """Element ``index`` of the lead axis of every operand, or the operands as they are."""
-    if index is None:
-        return codes, scales, nested
-
-    def take(stack: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_index_in_dim(stack, index, 0, keepdims=False)
-
-    if nested is not None:
-        nested = (take(nested[0]), take(nested[1]), nested[2])
-    return take(codes), take(scales), nested

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import jax
 
 from jqlora_kernels import dispatch, layouts
-from jqlora_kernels.batching import Operands, batchable_product
+from jqlora_kernels.batching import batchable_product
 from jqlora_kernels.dispatch import Choice
+from jqlora_kernels.operands import Operands
 from jqlora_kernels.optional import lazily
 from jqlora_kernels.quantized_matmul import pallas_triton, reference
 from jqlora_kernels.quantized_matmul.partitioning import partitionable
@@ -50,7 +51,7 @@ def quantized_matmul(
 
     Under ``vmap`` a batch of ``x`` becomes more rows; a batch of matrices is multiplied one by one.
     Under ``jit`` a matrix in pieces on several devices is multiplied where it lies, see
-    ``partitioning``.
+    ``jqlora_kernels.partitioning``.
     """
     operands = (codes, scales, codebook, nested, index)
     return differentiable(x, operands, features, Static(block, layout, backend))
@@ -134,7 +135,9 @@ def product(
         found = backends(name, features, static)
         return dispatch.run(name, found, static.backend, x, *operands)
 
-    split = partitionable(serve, block=static.block, transposed=name == "transposed")
+    split = partitionable(
+        serve, block=static.block, layout=static.layout, transposed=name == "transposed"
+    )
     if static.backend == "mosaic_interpret":
         split = serve  # the emulator's ordered callbacks belong to one device
     return batchable_product(lambda x, operands: split(x, operands, features))(x, operands)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 from jax import lax
 
-from jqlora_kernels.batching import Operands
+from jqlora_kernels.operands import Operands
 from jqlora_kernels.quantized_matmul.reference import contract
 
 

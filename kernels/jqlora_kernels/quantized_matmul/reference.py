@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 
 from jqlora_kernels.dequantize_blockwise import reference as decode
 from jqlora_kernels.layouts import BITSANDBYTES, repack
+from jqlora_kernels.operands import select
 from jqlora_kernels.packing import codes_per_byte
 from jqlora_kernels.scales import Nested, decode_scales, look_up
 
@@ -39,7 +40,7 @@ def quantized_matmul(
     ``codebook`` of 256 are one to a byte, [N, K] or [1, N*K]. Weights are
     rounded to ``x.dtype``, products accumulate in fp32. ``layout`` as in ``dequantize_blockwise``.
     """
-    codes, scales, nested = decode.select(codes, scales, nested, index)
+    codes, scales, nested = select(codes, scales, nested, index)
     codes = repack(codes, layout, BITSANDBYTES, codes_per_byte(codebook))
     if x.shape[1] % block:
         shape = (features, x.shape[1])
@@ -66,7 +67,7 @@ def transposed(
     The barrier ties the decode to ``g``: otherwise XLA would find the same decode in the forward
     pass and keep its result, the very array that storing codes is meant to avoid.
     """
-    codes, scales, nested = decode.select(codes, scales, nested, index)
+    codes, scales, nested = select(codes, scales, nested, index)
     codes, g = lax.optimization_barrier((codes, g))
     codes = repack(codes, layout, BITSANDBYTES, codes_per_byte(codebook))
     if features % block:
