@@ -5,7 +5,7 @@ A batch holds ``input_ids`` int32 [B, T], mostly ``attention_mask`` [B, T] and `
 
 * masked-lm, token-classification: ``labels`` int32 [B, T], -100 where nothing is asked;
 * sequence-classification: ``labels`` int32 [B] for one label of several; float [B, labels] for
-  several at once; float [B] or [B, labels] for regression;
+  several at once; float [B] or [B, labels] for regression, NaN where nothing is asked;
 * question-answering: ``start_positions`` and ``end_positions`` int32 [B]; one outside of the row
   counts nothing.
 
@@ -69,10 +69,12 @@ def binaries(logits: jax.Array, labels: jax.Array) -> Summed:
 
 
 def squares(logits: jax.Array, labels: jax.Array) -> Summed:
-    """Squared error of logits [B, C] and labels [B, C], or [B] where C is 1, over all entries."""
+    """Squared error of logits [B, C] and labels [B, C], or [B] where C is 1, over all entries
+    whose label is a number; NaN counts nothing."""
     labels = labels.reshape(logits.shape).astype(jnp.float32)
-    errors = jnp.square(logits.astype(jnp.float32) - labels)
-    return errors.sum(), jnp.float32(errors.size)
+    counted = ~jnp.isnan(labels)
+    errors = jnp.square(logits.astype(jnp.float32) - jnp.where(counted, labels, 0.0))
+    return jnp.where(counted, errors, 0.0).sum(), counted.sum(dtype=jnp.float32)
 
 
 _BY_PROBLEM = {
