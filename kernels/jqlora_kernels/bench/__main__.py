@@ -10,7 +10,7 @@ with --write-tuning the limits between the kernels, into the package's tuning.js
 differs from the definition's by more than rounding is reported as wrong, and never as fast.
 
   python -m jqlora_kernels.bench --quick      three layers, seven numbers of rows: some minutes
-  python -m jqlora_kernels.bench              all layers and rows: of the order of an hour
+  python -m jqlora_kernels.bench              all layers and rows: some hours; --only takes a part
   python -m jqlora_kernels.bench --tiny       one tiny layer, emulated where there is no GPU, to see
                                               that everything runs; its times mean nothing there
 """
@@ -34,11 +34,10 @@ import numpy as np
 from jqlora_kernels import tuning
 from jqlora_kernels.bench import cases, peers, report, timing
 from jqlora_kernels.bench.cases import Case
-from jqlora_kernels.shapes import MODEL_LAYERS
+from jqlora_kernels.shapes import MODEL_LAYERS, ROWS
 
 QUICK_LAYERS = ("llama3-8b q/o", "llama3-8b up", "llama-65b q/o")
 QUICK_ROWS = (1, 4, 16, 64, 512, 2048, 8192)
-ROWS = tuple(2**i for i in range(15))
 BUDGET = 2**-6
 """Of a product's largest value, between two orders of summation and two roundings to bf16."""
 

@@ -18,6 +18,10 @@ from jqlora_kernels.packing import codes_per_byte
 from jqlora_kernels.scales import GROUP, Nested
 from jqlora_kernels.triton_language import decode_tile
 
+if jax.__version_info__ >= (0, 12) and jax_triton.__version__.startswith("0.4."):
+    # JAX hands a rule of jax_triton's call (for dropping what is unused) one argument more
+    raise ImportError(f"jax_triton {jax_triton.__version__} cannot be lowered by JAX 0.12 or later")
+
 TILE = 512
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
