@@ -1,16 +1,12 @@
 """``report.html``: one file without links, made from what the run directory holds."""
 
-import base64
 import json
-from importlib import resources
-from pathlib import Path
 from typing import Any
-
-import jinja2
 
 from jqlora.io.atomic import atomic_write_text
 from jqlora.train.directory import RunDirectory
 from jqlora.train.metrics import read_metrics
+from jqlora.train.pages import embedded, render
 from jqlora.train.plots import PLOTS, draw_plots
 from jqlora.train.rank_plots import RANK_PLOTS, draw_rank_plots
 from jqlora.train.usage import readable_bytes
@@ -24,7 +20,9 @@ def write_report(run: RunDirectory, summary: dict[str, Any]) -> None:
     if ranks is not None:
         images |= draw_rank_plots(ranks, rows, run.plots)
     measured = run.read_before_after()
-    page = _template().render(
+    page = render(
+        "jqlora.train",
+        "report.html.jinja",
         title=run.path.resolve().name,
         summary=summary,
         facts=facts(summary),
@@ -38,11 +36,6 @@ def write_report(run: RunDirectory, summary: dict[str, Any]) -> None:
         summary_json=json.dumps(summary, indent=2, ensure_ascii=False),
     )
     atomic_write_text(run.report, page)
-
-
-def embedded(images: dict[str, Path]) -> dict[str, str]:
-    """PNG files as base64, to be written into the page."""
-    return {n: base64.b64encode(path.read_bytes()).decode() for n, path in images.items()}
 
 
 def losses(measured: dict[str, Any]) -> list[dict[str, Any]]:
@@ -118,10 +111,3 @@ def rank_facts(summary: dict[str, Any]) -> dict[str, str]:
         ),
         "parameters left": f"{ranks['parameters']:,}",
     }
-
-
-def _template() -> jinja2.Template:
-    text = resources.files("jqlora.train").joinpath("report.html.jinja").read_text()
-    return jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    ).from_string(text)
