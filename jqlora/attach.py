@@ -124,7 +124,8 @@ def bind(model: nn.Module, plan: Plan | None = None) -> "Bound":
     for ``model.apply``). Without ``key`` there is no dropout. Without a plan the bare model is
     run, quantized or not.
 
-    Raises :class:`AdapterNotReached` where a planned module was not called.
+    Raises :class:`AdapterNotReached` where a planned module was not called, unless the model itself
+    says that such a call leaves it out, by a method ``leaves_out(path, *args, **kwargs)``.
 
     >>> apply = bind(model, plan)                                   # doctest: +SKIP
     >>> apply({"params": params, **adapters}, input_ids).logits     # doctest: +SKIP
@@ -151,9 +152,13 @@ class Bound:
         interpreter = _Interpreter(by_path, quantized)
         with nn.intercept_methods(interpreter):
             result = self.model.apply({"params": grafted, **others}, *args, **kwargs)
-        if missed := sorted(".".join(path) for path in by_path.keys() - interpreter.reached):
+        left_out = getattr(self.model, "leaves_out", lambda path, *args, **kwargs: False)
+        missed = by_path.keys() - interpreter.reached
+        missed = {path for path in missed if not left_out(path, *args, **kwargs)}
+        if missed:
+            named = ", ".join(sorted(".".join(path) for path in missed))
             raise AdapterNotReached(
-                f"the trace never called {', '.join(missed)}, so their adapters would be lost: a "
+                f"the trace never called {named}, so their adapters would be lost: a "
                 "class-level nn.jit with an old trace, or a branch that skips them"
             )
         return result

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,12 @@ from jqlora.io.gguf_config import config_from_gguf
 from jqlora.io.readers import TensorReader, open_directory
 from jqlora.io.readers.gguf import GGUFTensors, open_gguf
 from jqlora.io.source import Source
-from jqlora.models import Family, family_of, task_of
+from jqlora.models import Family, Naming, family_of, task_of
 from jqlora.models.tasks import LABELLED
 
 DTYPES = ("float32", "bfloat16", "float16")
+DECODING = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
+"""What both configs may say of how an encoder-decoder writes."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,19 @@ def open_checkpoint(
     path = source.path / "config.json"
     # the config first: an unknown architecture explains more than what its weights may lack
     config = read_config(path)
-    return _assemble(source, path, config, lambda: open_directory(source.path), task, num_labels)
+    decoding = _read_decoding(source.path / "generation_config.json")
+    return _assemble(
+        source, path, config, lambda: open_directory(source.path), task, num_labels, decoding
+    )
+
+
+def _read_decoding(path: Path) -> dict[str, Any]:
+    """What generation_config.json says instead of config.json, as in transformers: nothing if there
+    is none, else what forces tokens, by its silence too, and where to start if it says so."""
+    if not path.exists():
+        return {}
+    said = read_config(path)
+    return {key: said.get(key) for key in DECODING if key in said or key.startswith("forced")}
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -106,11 +120,12 @@ def _assemble(
     open_reader: Callable[[], TensorReader],
     asked: str | None,
     num_labels: int | None,
+    decoding: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
     try:
         family = family_of(config)
         task = task_of(config, asked)
-        parsed = family.parse(config)
+        parsed = family.parse({**config, **(decoding or {})})
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     other_head = task != family.task(config)
@@ -119,4 +134,23 @@ def _assemble(
             raise ConfigError(f"num_labels={num_labels} has no meaning for the task {task!r}")
         other_head |= parsed.num_labels != num_labels
         parsed = parsed.with_labels(num_labels)
-    return Checkpoint(source, config, family, parsed, open_reader(), task, other_head)
+    reader = open_reader()
+    if family.naming.loose_head is not None:
+        tied = not _has_own_head(family.naming, reader)
+        parsed = dataclasses.replace(parsed, tie_word_embeddings=tied)
+    return Checkpoint(source, config, family, parsed, reader, task, other_head)
+
+
+def _has_own_head(naming: Naming, reader: TensorReader) -> bool:
+    """Whether the file has a head beside an embedding that differs from it.
+
+    transformers 5 writes of every T5 that its head is tied, and goes by the file itself.
+    """
+    names, head = set(reader.names()), naming.loose_head
+    copies = (name for tie in naming.ties for name in tie[::-1] if name != head)
+    embedding = next((name for name in copies if name in names), None)
+    if head not in names or embedding is None:
+        return False
+    if reader.info(head) != reader.info(embedding):
+        return True
+    return reader.read(head).tobytes() != reader.read(embedding).tobytes()

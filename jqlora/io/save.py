@@ -18,6 +18,7 @@ from jqlora import models, tree
 from jqlora.errors import CheckpointError
 from jqlora.io import bnb
 from jqlora.io.atomic import atomic_directory, atomic_write_json
+from jqlora.io.checkpoint import DECODING
 from jqlora.io.load import Progress
 from jqlora.io.readers import TensorInfo
 from jqlora.io.shards import Group, write_weights
@@ -112,7 +113,7 @@ def quantization_config(
 
 def generation_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of config.json that generation reads."""
-    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id", *DECODING)
     return {"_from_model_config": True} | {key: config[key] for key in keys if key in config}
 
 

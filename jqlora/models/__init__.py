@@ -1,5 +1,7 @@
 """Language models in plain Flax Linen, and where their checkpoints' tensors belong."""
 
+from jqlora.models.bart import BartForConditionalGeneration
+from jqlora.models.bart_config import BartConfig
 from jqlora.models.config import LlamaConfig
 from jqlora.models.families import (
     FAMILIES,
@@ -14,12 +16,16 @@ from jqlora.models.gpt2_config import GPT2Config
 from jqlora.models.layers import loop_to_scan, scan_to_loop
 from jqlora.models.llama import LlamaForCausalLM
 from jqlora.models.names import HFName, Naming
-from jqlora.models.outputs import CausalLMOutput, KVCache
+from jqlora.models.outputs import CausalLMOutput, KVCache, Seq2SeqCache, Seq2SeqLMOutput
+from jqlora.models.t5 import T5ForConditionalGeneration
+from jqlora.models.t5_config import T5Config
 from jqlora.models.tasks import TASKS
 
 __all__ = [
     "FAMILIES",
     "TASKS",
+    "BartConfig",
+    "BartForConditionalGeneration",
     "CausalLMOutput",
     "Family",
     "GPT2Config",
@@ -29,6 +35,10 @@ __all__ = [
     "LlamaConfig",
     "LlamaForCausalLM",
     "Naming",
+    "Seq2SeqCache",
+    "Seq2SeqLMOutput",
+    "T5Config",
+    "T5ForConditionalGeneration",
     "abstract_params",
     "family_for",
     "family_of",

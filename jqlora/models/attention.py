@@ -1,9 +1,10 @@
-"""Causal grouped-query attention, with or without a cache, in three implementations.
+"""Grouped-query attention, with or without a cache, in three implementations.
 
 Softmax is float32 in each, as in transformers. cuDNN's flash attention serves training and
 scoring; calls with a cache go through XLA, whose masks cost nothing at one query and which takes
 queries at any offset from their keys. Soft-capped scores (Gemma 2) have no kernel: neither cuDNN
 nor ``jax.nn.dot_product_attention`` can cap, so they are written out for XLA, scores and all.
+Scores with a bias (T5) go through XLA too.
 """
 
 from typing import Literal, TypeAlias
@@ -20,17 +21,21 @@ LayerCache: TypeAlias = tuple[jax.Array, jax.Array]
 
 
 def implementation(
-    attention: Attention, dtype: jnp.dtype, head_dim: int, softcap: float | None = None
+    attention: Attention,
+    dtype: jnp.dtype,
+    head_dim: int,
+    softcap: float | None = None,
+    *,
+    biased: bool = False,
 ) -> Literal["xla", "cudnn"]:
     """ "xla" or "cudnn" for a call without cache; "auto" takes cuDNN wherever it can serve.
 
-    Raises ConfigError for cuDNN with a soft cap, which it would leave out.
+    Raises ConfigError for cuDNN with a soft cap or a bias, which it would leave out.
     """
-    if softcap is not None:
+    if softcap is not None or biased:
         if attention == "cudnn":
-            raise ConfigError(
-                f"attention='cudnn' cannot soft-cap scores (at {softcap}); accepted: auto, xla"
-            )
+            what = "add a bias to scores" if biased else f"soft-cap scores (at {softcap})"
+            raise ConfigError(f"attention='cudnn' cannot {what}; accepted: auto, xla")
         return "xla"
     if attention != "auto":
         return attention
@@ -50,14 +55,17 @@ def attend(
     attention: Attention,
     scale: float,
     softcap: float | None = None,
+    bias: jax.Array | None = None,
 ) -> tuple[jax.Array, LayerCache | None]:
-    """Queries [B, T, N, H], keys and values [B, T, KV, H] -> (y [B, T, N·H], fresh).
+    """Queries [B, T, N, H], keys and values [B, S, KV, H] -> (y [B, T, N·H], fresh).
 
     With a ``cache`` the keys are those in it and these behind them, and ``fresh`` is these keys and
-    values; else None. Scores are multiplied by ``scale``, then capped.
+    values; else None. Scores are multiplied by ``scale``, then capped, or have ``bias``
+    [1 | B, N, T, S] added.
     """
     dtype = queries.dtype
-    backend = implementation(attention, dtype, queries.shape[-1], softcap)
+    biased = bias is not None
+    backend = implementation(attention, dtype, queries.shape[-1], softcap, biased=biased)
     fresh = None
     if cache is not None:
         assert attending.slot is not None
@@ -71,6 +79,8 @@ def attend(
     inner = jnp.float32 if backend == "xla" and cache is None else dtype
     queries, keys, values = (x.astype(inner) for x in (queries, keys, values))
     mask, window = attending.mask_for(windowed), attending.window
+    if backend == "cudnn" and mask is not None:  # it wants a row for every query
+        mask = jnp.broadcast_to(mask, (*mask.shape[:2], queries.shape[1], keys.shape[1]))
     with jax.numpy_dtype_promotion("standard"):
         if softcap is not None:
             if attending.causal:
@@ -84,6 +94,7 @@ def attend(
                 queries,
                 keys,
                 values,
+                bias=None if bias is None else bias.astype(inner),
                 mask=mask,  # pyright: ignore[reportArgumentType] None is its documented default
                 scale=scale,
                 is_causal=attending.causal,

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jqlora.models.attention import implementation
+from jqlora.models.attention import attend
 from jqlora.models.encoder import Embeddings, EncoderLayer, dense
 from jqlora.models.encoder_config import EncoderConfig
 from jqlora.models.encoder_stack import run_stack
+from jqlora.models.masks import Attending
 from jqlora.models.stack import Remat
 
 
@@ -18,8 +19,11 @@ from jqlora.models.stack import Remat
 class Shared:
     """What every layer of one call shares."""
 
-    mask: jax.Array | None  # bool [B, 1, 1, S]: which tokens are real
-    emit_hidden: bool = struct.field(pytree_node=False)
+    attending: Attending
+
+    @property
+    def emit_hidden(self) -> bool:
+        return self.attending.emit_hidden
 
     def after_layer(self, x: jax.Array, first: jax.Array) -> jax.Array:
         return x
@@ -40,18 +44,10 @@ class BertSelfAttention(nn.Module):
             y = dense(x, config.hidden_size, name, config, dict(self.types))
             return y.reshape(*x.shape[:2], config.num_attention_heads, config.head_dim)
 
+        everywhere = jnp.asarray(False)  # no layer has a window
+        scale = config.head_dim**-0.5
         parts = heads("query"), heads("key"), heads("value")
-        dtype = parts[0].dtype
-        backend = implementation("auto", dtype, config.head_dim)
-        # XLA's gradient of a half-precision attention mixes dtypes
-        inner = jnp.float32 if backend == "xla" else dtype
-        with jax.numpy_dtype_promotion("standard"):
-            mixed = jax.nn.dot_product_attention(
-                *(part.astype(inner) for part in parts),
-                mask=shared.mask,  # pyright: ignore[reportArgumentType] None is its default
-                implementation=backend,
-            )
-        return mixed.astype(dtype).reshape(x.shape)
+        return attend(*parts, shared.attending, everywhere, None, attention="auto", scale=scale)[0]
 
 
 class BertEncoder(nn.Module):
@@ -119,9 +115,9 @@ class BertModel(nn.Module):
         """Ids int32 [B, T] -> (x [B, T, D], or [B, D] pooled; hidden states [L + 1, B, T, D])."""
         if positions is None:
             positions = default_positions(self.config, input_ids)
-        mask = None if attention_mask is None else attention_mask.astype(bool)[:, None, None, :]
+        attending = Attending.both_ways(attention_mask, emit_hidden=emit_hidden)
         x = embedded = self.embeddings(input_ids, token_type_ids, positions)
-        x, hidden = self.encoder(x, Shared(mask=mask, emit_hidden=emit_hidden))
+        x, hidden = self.encoder(x, Shared(attending))
         if hidden is not None:
             hidden = jnp.concatenate([embedded[None], hidden])
         return self.pooler(x) if self.pooled else x, hidden

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from jqlora.errors import CheckpointError
+from jqlora.models.bart import BartForConditionalGeneration
+from jqlora.models.bart_config import BartConfig
 from jqlora.models.config import LlamaConfig
 from jqlora.models.encoder_config import KINDS as ENCODERS
 from jqlora.models.encoder_config import EncoderConfig
@@ -22,6 +24,9 @@ from jqlora.models.gpt2_config import GPT2Config
 from jqlora.models.kinds import KINDS
 from jqlora.models.llama import LlamaForCausalLM
 from jqlora.models.names import HFName, Naming
+from jqlora.models.t5 import T5ForConditionalGeneration, build_t5
+from jqlora.models.t5_config import CLASSES as T5_CLASSES
+from jqlora.models.t5_config import T5Config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +72,11 @@ def abstract_params(model: Any) -> dict[str, Any]:
     return variables["params"]
 
 
-def _causal(module: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+def _one_task(module: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """How a module is built that serves one task only."""
+
     def build(
-        config: Any, task: str = "causal-lm", dtype: Any = jnp.float32, **options: Any
+        config: Any, task: str | None = None, dtype: Any = jnp.float32, **options: Any
     ) -> nn.Module:
         return module(config, **{"dtype": dtype, "param_dtype": dtype, **options})
 
@@ -90,7 +97,7 @@ def _llama_family(name: str) -> Family:
         model_types=(name,),
         heads={KINDS[name].architecture: "causal-lm"},
         parse=LlamaConfig.from_hf,
-        build=_causal(LlamaForCausalLM),
+        build=_one_task(LlamaForCausalLM),
         naming=_LLAMA_NAMING,
         module=LlamaForCausalLM,
     )
@@ -102,7 +109,7 @@ _GPT2 = Family(
     heads={"GPT2LMHeadModel": "causal-lm"},
     bare=("GPT2Model",),
     parse=GPT2Config.from_hf,
-    build=_causal(GPT2LMHeadModel),
+    build=_one_task(GPT2LMHeadModel),
     naming=Naming(
         stacks=("transformer.h",),
         base="transformer",
@@ -148,6 +155,56 @@ def _encoder_family(model_type: str, prefix: str, head: tuple[str, str], **namin
     )
 
 
+def _t5_family(model_type: str) -> Family:
+    table = "SelfAttention.relative_attention_bias.weight"
+    return Family(
+        name=model_type,
+        model_types=(model_type,),
+        heads={T5_CLASSES[model_type]: "seq2seq-lm"},
+        bare=(T5_CLASSES[model_type].replace("ForConditionalGeneration", "Model"),),
+        parse=T5Config.from_hf,
+        build=build_t5,
+        naming=Naming(
+            stacks=("encoder.block", "decoder.block"),
+            optional=("lm_head",),
+            renames={
+                f"{stack}.relative_attention_bias.weight": f"{stack}.block.0.layer.0.{table}"
+                for stack in ("encoder", "decoder")
+            },
+            ties=(
+                ("lm_head.weight", "shared.weight"),
+                ("encoder.embed_tokens.weight", "shared.weight"),
+                ("decoder.embed_tokens.weight", "shared.weight"),
+            ),
+            ignored=(r"EncDecAttention\.relative_attention_bias\.weight$",),
+            loose_head="lm_head.weight",
+        ),
+        module=T5ForConditionalGeneration,
+    )
+
+
+_BART = Family(
+    name="bart",
+    model_types=("bart",),
+    heads={"BartForConditionalGeneration": "seq2seq-lm"},
+    bare=("BartModel",),
+    parse=BartConfig.from_hf,
+    build=_one_task(BartForConditionalGeneration),
+    naming=Naming(
+        stacks=("model.encoder.layers", "model.decoder.layers"),
+        base="model",
+        renames={"final_logits_bias.bias": "final_logits_bias"},
+        ties=(
+            ("lm_head.weight", "model.shared.weight"),
+            ("model.encoder.embed_tokens.weight", "model.shared.weight"),
+            ("model.decoder.embed_tokens.weight", "model.shared.weight"),
+        ),
+        ignored=(r"^model\.(en|de)coder\.version$",),
+    ),
+    module=BartForConditionalGeneration,
+)
+
+
 _BERT_HEAD = ("cls.predictions", "cls.predictions.decoder")
 _ROBERTA_HEAD = ("lm_head", "lm_head.decoder")
 FAMILIES: tuple[Family, ...] = (
@@ -157,6 +214,8 @@ FAMILIES: tuple[Family, ...] = (
     _encoder_family("roberta", "Roberta", _ROBERTA_HEAD),
     _encoder_family("xlm-roberta", "XLMRoberta", _ROBERTA_HEAD),
     _encoder_family("deberta-v2", "DebertaV2", _BERT_HEAD, ignored=(r"^mask_predictions\.",)),
+    *(_t5_family(name) for name in T5_CLASSES),
+    _BART,
 )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-STACKED = ("layers", "layer", "h")
+STACKED = ("layers", "layer", "h", "block")
 """What checkpoints call a list of layers."""
 NUMBERED = re.compile(rf"({'|'.join(STACKED)})_(\d+)")
 

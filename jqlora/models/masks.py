@@ -27,12 +27,26 @@ class Attending:
 
     tables: Tables | None
     windowed_tables: Tables | None
-    mask: jax.Array | None  # bool [B | 1, 1, T, S]
+    mask: jax.Array | None  # bool [B | 1, 1, T | 1, S]
     windowed_mask: jax.Array | None  # bool [B | 1, 1, T, S]
     slot: jax.Array | None  # int32 []: where the cache is written; None without a cache
     causal: bool = struct.field(pytree_node=False)
     window: int | None = struct.field(pytree_node=False)
     emit_hidden: bool = struct.field(pytree_node=False)
+
+    @classmethod
+    def both_ways(cls, mask: jax.Array | None, *, emit_hidden: bool = False) -> "Attending":
+        """Every query sees every key that is real by ``mask`` [B, S], 1 or True at real ones."""
+        return cls(
+            tables=None,
+            windowed_tables=None,
+            mask=None if mask is None else mask.astype(bool)[:, None, None, :],
+            windowed_mask=None,
+            slot=None,
+            causal=False,
+            window=None,
+            emit_hidden=emit_hidden,
+        )
 
     def mask_for(self, windowed: jax.Array) -> jax.Array | None:
         """The mask of a layer; ``windowed`` is a bool scalar."""

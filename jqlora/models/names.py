@@ -47,10 +47,11 @@ class Naming:
     ``stacks``: dotted names of the modules that are lists of layers. ``base``: the module with all
     but the head; files of the bare base leave it out of their names. ``optional``: modules of the
     base that go with some heads only (a pooler). ``in_out``: names of dense modules that are stored
-    (in, out), not (out, in). ``renames``: modules whose name in the checkpoint does not follow from
+    (in, out), not (out, in). ``renames``: tensors whose name in the checkpoint does not follow from
     their path, ours to theirs. ``ties``: names under which files may repeat a tensor, each with the
     tensor's own. ``ignored``: regular expressions for the names of tensors that are no parameters
-    (buffers that follow from the config, parts of a pretraining head).
+    (buffers that follow from the config, parts of a pretraining head). ``loose_head``: the tensor
+    of a head of which the file says better than the config whether it is one of the ``ties``.
     """
 
     stacks: tuple[str, ...]
@@ -60,6 +61,7 @@ class Naming:
     renames: Mapping[str, str] = field(default_factory=dict)
     ties: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
+    loose_head: str | None = None
 
     def tensors(self, params: Mapping[str, Any]) -> list[HFName]:
         """Every tensor of a checkpoint of these (abstract) parameters, layer by layer so that a
@@ -72,8 +74,8 @@ class Naming:
             module = [dotted(name, last=i == len(path) - 2) for i, name in enumerate(path[:-1])]
             place = self._stack(path)
             if place is None:
-                full = ".".join(module)
-                hf = f"{self.renames.get(full, full)}.{end}"
+                full = ".".join((*module, end))
+                hf = self.renames.get(full, full)
                 outside.append(HFName(hf=hf, path=path, transpose=transpose))
                 continue
             order, depth, number = place

@@ -1,4 +1,4 @@
-"""What a causal language model returns, and what it remembers between calls."""
+"""What models return, and what they remember between calls."""
 
 import jax
 import jax.numpy as jnp
@@ -61,3 +61,29 @@ class QuestionAnsweringOutput:
     start_logits: jax.Array  # [B, T]
     end_logits: jax.Array  # [B, T]
     hidden_states: jax.Array | None = None  # [L + 1, B, T, D]
+
+
+@struct.dataclass
+class Seq2SeqCache:
+    """What an encoder-decoder remembers: the decoder's own keys and values, and those of its
+    attention to the encoder, which are the same for every step.
+
+    ``cross`` and ``source`` are None until a call with ``input_ids`` has run the encoder.
+    """
+
+    decoder: KVCache
+    cross: tuple[jax.Array, jax.Array] | None = None  # keys and values [L, B, S, N, head_dim]
+    source: jax.Array | None = None  # bool [B, S]: which of the encoder's tokens are real
+
+
+@struct.dataclass
+class Seq2SeqLMOutput:
+    """Logits of the decoder, and on request every hidden state and the cache after this call.
+
+    Hidden states are as in :class:`CausalLMOutput`; the encoder has none where it did not run.
+    """
+
+    logits: jax.Array  # [B, T, V] in the compute dtype
+    encoder_hidden_states: jax.Array | None = None  # [encoder's L + 1, B, S, D]
+    decoder_hidden_states: jax.Array | None = None  # [decoder's L + 1, B, T, D]
+    cache: Seq2SeqCache | None = None

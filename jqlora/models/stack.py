@@ -1,7 +1,8 @@
 """Equal layers one after the other: scanned over stacked parameters, or looped.
 
-A layer is called as ``layer(x, attending, own, cache)``, where ``own`` is its element of what the
-layers do not share, and returns ``(x, (fresh, hidden))`` as in :class:`~jqlora.models.llama`.
+A layer is called as ``layer(x, shared, own, cache)``, where ``shared``, such as ``Attending``, is
+the same for all, and ``own`` its element of what they do not share. It returns
+``(x, (fresh, hidden))`` as in :class:`~jqlora.models.llama`.
 """
 
 from typing import Any, Literal, TypeAlias, get_args
@@ -11,8 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jqlora.errors import ConfigError
-from jqlora.models.attention import Attention, LayerCache
-from jqlora.models.masks import Attending
+from jqlora.models.attention import Attention
 from jqlora.models.projection import KEPT
 
 Remat: TypeAlias = Literal["none", "dots", "full"]
@@ -46,18 +46,19 @@ def stacked(layer: Any, depth: int, *, scan: bool, remat: Remat, **fields: Any) 
 
 
 def run(
-    layers: Any, x: jax.Array, attending: Attending, own: jax.Array, cache: LayerCache | None
-) -> tuple[jax.Array, tuple[LayerCache | None, jax.Array | None]]:
-    """x [B, T, D] through what :func:`stacked` made; ``own`` and ``cache`` have lead axes [L].
+    layers: Any, x: jax.Array, shared: Any, own: jax.Array, cache: Any
+) -> tuple[jax.Array, tuple[Any, jax.Array | None]]:
+    """x [B, T, D] through what :func:`stacked` made; ``own`` and the leaves of ``cache`` have lead
+    axes [L].
 
     Returns x and, stacked on [L], the fresh keys and values and the hidden states.
     """
     if isinstance(layers, nn.Module):
         scanned: Any = layers
-        return scanned(x, attending, own, cache)
+        return scanned(x, shared, own, cache)
     emitted = []
     for i, layer in enumerate(layers):
-        layer_cache = None if cache is None else (cache[0][i], cache[1][i])
-        x, item = layer(x, attending, own[i], layer_cache)
+        layer_cache = jax.tree.map(lambda leaf, i=i: leaf[i], cache)
+        x, item = layer(x, shared, own[i], layer_cache)
         emitted.append(item)
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *emitted)

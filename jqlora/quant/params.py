@@ -13,17 +13,23 @@ from jqlora.quant.quantize import quantize
 from jqlora.quant.spec import BlockQuant
 from jqlora.types import Params, Path
 
-SKIP = ("lm_head", "cls", "lm_predictions", "classifier", "score", "qa_outputs", "conv")
-"""What is not quantized unless asked for: output heads of every task, and convolutions."""
+SKIP = (
+    *("lm_head", "cls", "lm_predictions", "classifier", "score", "qa_outputs"),
+    "conv",
+    "DenseReluDense.wo",
+)
+"""What is not quantized unless asked for: output heads of every task, convolutions, and what takes
+T5's largest activations, as in transformers."""
 
 
 def is_quantized_path(path: Path, ndim: int, skip: tuple[str, ...] = SKIP) -> bool:
     """Whether the leaf at ``path`` is stored as codes: the kernel of a dense layer, not skipped.
 
-    A layer is skipped if any part of its path is in ``skip``. The output head is by default, as in
-    transformers: its rounding errors reach the logits undamped.
+    A layer is skipped if any part of its path, or several with dots between, is in ``skip``. The
+    output head is by default, as in transformers: its rounding errors reach the logits undamped.
     """
-    return path[-1] == "kernel" and ndim >= 2 and not set(skip) & set(path)
+    name = f".{'.'.join(path)}."
+    return path[-1] == "kernel" and ndim >= 2 and not any(f".{part}." in name for part in skip)
 
 
 def quantize_params(

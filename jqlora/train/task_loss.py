@@ -1,4 +1,4 @@
-"""The losses of encoders' heads, equal to transformers' ``.loss``.
+"""The losses of tasks beyond the next token, equal to transformers' ``.loss``.
 
 A batch holds ``input_ids`` int32 [B, T], mostly ``attention_mask`` [B, T] and ``token_type_ids``
 [B, T], and what is to be predicted:
@@ -7,7 +7,9 @@ A batch holds ``input_ids`` int32 [B, T], mostly ``attention_mask`` [B, T] and `
 * sequence-classification: ``labels`` int32 [B] for one label of several; float [B, labels] for
   several at once; float [B] or [B, labels] for regression, NaN where nothing is asked;
 * question-answering: ``start_positions`` and ``end_positions`` int32 [B]; one outside of the row
-  counts nothing.
+  counts nothing;
+* seq2seq-lm: ``labels`` int32 [B, T'], -100 where nothing is asked. The decoder reads them one
+  place later behind the config's ``decoder_start_token_id``, or ``decoder_input_ids`` [B, T'].
 
 Each gives a sum and the count to divide it by, as ``make_train_step`` wants.
 """
@@ -28,6 +30,7 @@ Loss = Callable[[Any, Variables, Batch, jax.Array | None], Summed]
 
 IGNORED = -100
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "positions")
+SEQ2SEQ_INPUTS = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask")
 
 
 def loss_for(model: Any) -> Loss:
@@ -46,6 +49,8 @@ def loss_for(model: Any) -> Loss:
         return _answering_loss
     if task in ("masked-lm", "token-classification"):
         return _labelled(classes)
+    if task == "seq2seq-lm":
+        return _seq2seq(model.config)
     if task == "sequence-classification":
         return _labelled(lambda logits, labels: _classifier_loss(model.config, logits, labels))
     raise ConfigError(f"task={task!r} has no loss here")
@@ -105,6 +110,30 @@ def _labelled(measure: Callable[[jax.Array, jax.Array], Summed]) -> Loss:
     def loss(apply: Any, variables: Variables, batch: Batch, key: jax.Array | None) -> Summed:
         logits = apply(variables, **_inputs(batch), key=key).logits
         return measure(logits, jnp.asarray(batch["labels"]))
+
+    return loss
+
+
+def shift_right(labels: jax.Array, *, start: int, padding: int) -> jax.Array:
+    """Labels int32 [B, T] as the decoder reads them: ``start``, then all but the last, with
+    ``padding`` in place of -100."""
+    before = jnp.pad(labels[:, :-1], ((0, 0), (1, 0)), constant_values=start)
+    return jnp.where(before == IGNORED, padding, before)
+
+
+def _seq2seq(config: Any) -> Loss:
+    def loss(apply: Any, variables: Variables, batch: Batch, key: jax.Array | None) -> Summed:
+        labels = jnp.asarray(batch["labels"])
+        inputs = {name: batch[name] for name in SEQ2SEQ_INPUTS if name in batch}
+        if "decoder_input_ids" not in inputs:
+            start, padding = config.decoder_start_token_id, config.pad_token_id
+            if start is None or padding is None:
+                raise ConfigError(
+                    f"decoder_start_token_id={start} and pad_token_id={padding} of the model's "
+                    "config must be tokens for labels to be shifted; or give decoder_input_ids"
+                )
+            inputs["decoder_input_ids"] = shift_right(labels, start=start, padding=padding)
+        return classes(apply(variables, **inputs, key=key).logits, labels)
 
     return loss
 

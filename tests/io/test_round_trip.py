@@ -10,7 +10,7 @@ from safetensors.numpy import load_file  # noqa: E402
 from jqlora.io import load  # noqa: E402
 from jqlora.io.save import save_pretrained  # noqa: E402
 from jqlora.tree import flatten  # noqa: E402
-from tests.models import encoders, variants  # noqa: E402
+from tests.models import encoders, seq2seq, variants  # noqa: E402
 
 pytestmark = pytest.mark.parity
 # one of each kind, those that say most in their config
@@ -75,6 +75,41 @@ def test_an_encoder_read_and_written_again_is_the_same_to_transformers(base, tas
             for one in (encoder, encoder._replace(hf=again.eval()))
         )
     )
+
+
+@pytest.mark.parametrize("name", ["t5", "t5_gated_untied", "mt5", "bart"])
+def test_an_encoder_decoder_read_and_written_again_is_the_same_to_transformers(name, tmp_path):
+    hf = seq2seq.checkpoint(name).hf
+    hf.save_pretrained(tmp_path / "theirs")
+    save_pretrained(tmp_path / "ours", *load(tmp_path / "theirs"))
+    theirs, ours = (load_file(tmp_path / s / "model.safetensors") for s in ("theirs", "ours"))
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        np.testing.assert_array_equal(ours[key], tensor)
+    again, report = type(hf).from_pretrained(
+        tmp_path / "ours", attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(report.values())
+    inputs = seq2seq.batch()
+    np.testing.assert_array_equal(
+        *(seq2seq.run_theirs(one, **inputs).logits for one in (hf, again.eval()))
+    )
+
+
+@pytest.mark.parametrize("name", ["t5", "t5_gated_untied", "bart"])
+@pytest.mark.parametrize("own", [True, False])
+def test_every_copy_of_a_shared_embedding_is_read_or_served_alone(name, own, tmp_path):
+    checkpoint = seq2seq.checkpoint(name)
+    state = checkpoint.hf.state_dict()
+    assert "lm_head.weight" in state
+    if not own:  # as files that keep another of the names
+        state = {key: tensor for key, tensor in state.items() if not key.endswith("shared.weight")}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    checkpoint.hf.config.save_pretrained(tmp_path)
+    model, params = load(tmp_path, dtype="float32")
+    assert model.config.tie_word_embeddings == (name != "t5_gated_untied")
+    for path, leaf in flatten(checkpoint.params).items():
+        np.testing.assert_array_equal(flatten(params)[path], leaf)
 
 
 def test_torchs_own_file_of_a_state_dict_is_read_with_its_tied_copies(tmp_path):
