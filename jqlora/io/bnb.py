@@ -21,14 +21,15 @@ import numpy as np
 
 from jqlora.errors import CheckpointError, ConfigError
 from jqlora.io.readers import TensorInfo, TensorReader
-from jqlora.quant import BlockQuant, NestedScales, QTensor, dynamic_map, leaf_shapes
+from jqlora.quant import NestedScales, QTensor, Storage, dynamic_map, leaf_shapes
 from jqlora.quant.layout import with_layout
-from jqlora.quant.schemes import SCHEMES, scheme_of
+from jqlora.quant.schemes import SCHEMES
+from jqlora.quant.spec import FourBit
 from jqlora_kernels.layouts import BITSANDBYTES
 
 _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _GROUP = 256  # scales under one second-level absmax, in QTensor and in what bitsandbytes writes
-FOUR_BIT = tuple(name for name, row in SCHEMES.items() if row.codes_per_byte == 2)
+FOUR_BIT = tuple(name for name, row in SCHEMES.items() if issubclass(row, FourBit))
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -41,7 +42,7 @@ class StoredQuant:
     """
 
     name: str
-    spec: BlockQuant
+    spec: Storage
     matrix_shape: tuple[int, int]
     dtype: str
     nested: bool
@@ -81,15 +82,15 @@ def find_stored(reader: TensorReader, name: str, present: Set[str]) -> StoredQua
         block, dtype = int(state["blocksize"]), _DTYPES[_DTYPES.index(state["dtype"])]
         offset = float(state["nested_offset"]) if nested else 0.0
         group = int(state["nested_blocksize"]) if nested else _GROUP
-        spec = scheme.spec(block=block)
+        spec = scheme(block=block)
     except (KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
         reason = error if isinstance(error, ConfigError) else repr(error)
         raise CheckpointError(f"{where}: cannot use its quantization state: {reason}") from error
-    if not _same(reader.read(f"{name}.quant_map"), scheme.codebook()):
-        raise CheckpointError(f"{where}: its codes mean other values than {scheme.name}'s")
+    if not _same(reader.read(f"{name}.quant_map"), spec.codebook):
+        raise CheckpointError(f"{where}: its codes mean other values than {scheme.scheme}'s")
     ours = group == _GROUP and nested
     if ours and _same(reader.read(f"{name}.nested_quant_map"), dynamic_map()):
-        spec = scheme.spec(block=block, double_quant=True)
+        spec = scheme(block=block, double_quant=True)
     stored = StoredQuant(name, spec, (inputs, outputs), dtype, nested, offset, group)
     _check_sizes(reader, stored, where)
     return stored
@@ -114,17 +115,16 @@ def read_qtensor(reader: TensorReader, stored: StoredQuant) -> QTensor:
         jnp.asarray(codes.reshape(shapes["codes"])),
         jnp.asarray(scales.reshape(shapes["scales"])),
         nested,
-        scheme=scheme_of(spec).name,
-        block=spec.block,
+        spec=spec,
         matrix_shape=stored.matrix_shape,
         dtype=np.dtype(stored.dtype),
     )
 
 
-def file_infos(name: str, matrix_shape: tuple[int, int], spec: BlockQuant) -> dict[str, TensorInfo]:
+def file_infos(name: str, matrix_shape: tuple[int, int], spec: Storage) -> dict[str, TensorInfo]:
     """Shapes and dtypes in the file of all parts of a weight, but its state's JSON."""
     count = math.prod(matrix_shape)
-    blocks = -(-count // spec.block)
+    blocks = -(-count // spec.block_in(matrix_shape[0]))
     byte, float32 = np.dtype(np.uint8), np.dtype(np.float32)
     infos = {
         name: TensorInfo((-(-count // 2), 1), byte),
@@ -168,7 +168,7 @@ def _same(stored: np.ndarray, table: np.ndarray) -> bool:
 
 def _check_sizes(reader: TensorReader, stored: StoredQuant, where: str) -> None:
     """Codes may be viewed as any storage type, so bytes are compared; the other parts by dtype."""
-    blocks = -(-math.prod(stored.matrix_shape) // stored.spec.block)
+    blocks = -(-math.prod(stored.matrix_shape) // stored.spec.block_in(0))
     asked = file_infos(stored.name, stored.matrix_shape, stored.spec)
     asked[f"{stored.name}.absmax"] = TensorInfo(
         (blocks,), np.dtype("u1" if stored.nested else "f4")

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jqlora.io.readers import TensorReader
-from jqlora.quant import BlockQuant, quantize, quantize_rows
+from jqlora.quant import Storage, quantize, quantize_rows
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Converter:
 
     dtype: str
     transpose: bool = False
-    spec: BlockQuant | None = None
+    spec: Storage | None = None
 
     def __call__(self, raw: jax.Array) -> Any:
         array = raw.astype(self.dtype)

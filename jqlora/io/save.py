@@ -24,8 +24,7 @@ from jqlora.io.readers import TensorInfo
 from jqlora.io.shards import Group, write_weights
 from jqlora.models import HFName, family_for
 from jqlora.models.tasks import GENERATING
-from jqlora.quant import BlockQuant, QTensor
-from jqlora.quant.schemes import scheme_of
+from jqlora.quant import QTensor, Storage
 from jqlora.types import Params, Path
 
 if TYPE_CHECKING:
@@ -74,14 +73,14 @@ def save_pretrained(
 
 
 def quantization_config(
-    specs: Mapping[str, BlockQuant], names: Iterable[HFName], compute_dtype: str
+    specs: Mapping[str, Storage], names: Iterable[HFName], compute_dtype: str
 ) -> dict[str, Any]:
     """What transformers needs to know of the quantized weights ``specs``, by name.
 
     Raises CheckpointError if they are of several kinds, which one config cannot say, or of one that
     bitsandbytes' files have no place for.
     """
-    kinds = {(scheme_of(spec).name, spec.double_quant) for spec in specs.values()}
+    kinds = {(spec.scheme, spec.double_quant) for spec in specs.values()}
     if len(kinds) > 1:
         raise CheckpointError(f"weights of several kinds, {sorted(kinds)}, cannot share a config")
     scheme, double_quant = kinds.pop()
@@ -117,12 +116,12 @@ def generation_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"_from_model_config": True} | {key: config[key] for key in keys if key in config}
 
 
-def quantized_group(name: str, spec: BlockQuant, shape: tuple[int, int], load: Any) -> Group:
+def quantized_group(name: str, spec: Storage, shape: tuple[int, int], load: Any) -> Group:
     """The file's tensors for one quantized weight; ``load()`` gives its ``QTensor``."""
     return Group(
         infos=bnb.file_infos(name, shape, spec),
         load=lambda: bnb.encode(name, jax.device_get(load())),
-        texts=(bnb.state_name(name, scheme_of(spec).name),),
+        texts=(bnb.state_name(name, spec.scheme),),
     )
 
 

@@ -7,7 +7,7 @@ from jqlora.quant.params import Footprint, footprint, is_quantized_path, quantiz
 from jqlora.quant.qtensor import NestedScales, QTensor, is_qtensor, leaf_shapes
 from jqlora.quant.quantize import empty, quantize, quantize_rows
 from jqlora.quant.sharding import split_inputs, split_outputs
-from jqlora.quant.spec import FP4, INT8, NF4, BlockQuant
+from jqlora.quant.spec import FP4, INT8, NF4, BlockQuant, GroupInt, RowInt8, Storage
 
 __all__ = [
     "FP4",
@@ -15,8 +15,11 @@ __all__ = [
     "NF4",
     "BlockQuant",
     "Footprint",
+    "GroupInt",
     "NestedScales",
     "QTensor",
+    "RowInt8",
+    "Storage",
     "choose_backends",
     "dynamic_map",
     "empty",

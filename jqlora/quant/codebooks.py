@@ -89,6 +89,21 @@ def linear_map() -> np.ndarray:
     return frozen(np.concatenate([values[:middle], np.zeros(1, FLOAT), values[middle:]]))
 
 
+@cache
+def signed_byte_map() -> np.ndarray:
+    """Bytes read as two's complement, divided by 127: fp32 [256] by byte, as LLM.int8() uses them.
+
+    Byte 128, which it never writes, is -128/127.
+    """
+    return frozen(np.arange(256, dtype=np.uint8).view(np.int8).astype(FLOAT) / FLOAT(127))
+
+
+@cache
+def integer_map(bits: int) -> np.ndarray:
+    """Unsigned integers of 4 or 8 bits less the middle one, 8 or 128: fp32 [16] or [256]."""
+    return frozen(np.arange(2**bits, dtype=FLOAT) - FLOAT(2 ** (bits - 1)))
+
+
 def levels(codebook: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The distinct values of a codebook in ascending order, and the first code of each.
 

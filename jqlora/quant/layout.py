@@ -8,7 +8,6 @@ import jax
 from jqlora import tree
 from jqlora.errors import ConfigError
 from jqlora.quant.qtensor import QTensor
-from jqlora.quant.schemes import SCHEMES
 from jqlora.types import Params
 from jqlora_kernels.layouts import BITSANDBYTES, check_layout, repack
 
@@ -37,8 +36,8 @@ def with_layout(q: QTensor, layout: str) -> QTensor:
         return q
     if isinstance(q.codes, jax.ShapeDtypeStruct):
         return dataclasses.replace(q, layout=layout)
-    parts = SCHEMES[q.scheme].codes_per_byte
-    return dataclasses.replace(q, codes=_repack(q.codes, q.layout, layout, parts), layout=layout)
+    codes = _repack(q.codes, q.layout, layout, q.spec.codes_per_byte)
+    return dataclasses.replace(q, codes=codes, layout=layout)
 
 
 _repack = jax.jit(repack, static_argnums=(1, 2, 3))

@@ -16,7 +16,8 @@ from jqlora_kernels.quantized_matmul import quantized_matmul as multiply
 def quantized_matmul(x: jax.Array, q: QTensor, index: jax.Array | None = None) -> jax.Array:
     """``x`` [..., K] times the kernel (K, N) of ``q``: [..., N] in ``x.dtype``.
 
-    Equals ``x @ q.dequantize(x.dtype)`` with products accumulated in fp32. ``q`` has no lead axes,
+    Equals ``x @ q.dequantize(x.dtype)`` with products accumulated in fp32; of 8-bit integers
+    (LLM.int8) too, whose activations are not rounded. ``q`` has no lead axes,
     or exactly one and ``index`` (int32 scalar) says which of its matrices to use; stacks are meant
     to be indexed this way inside a scan over layers, because slicing one copies the slice.
 
@@ -34,6 +35,9 @@ def quantized_matmul(x: jax.Array, q: QTensor, index: jax.Array | None = None) -
             "one lead axis with an index, or none without"
         )
     rows = x.reshape(math.prod(x.shape[:-1]), inputs)
+    if q.order is not None:
+        order = q.order if index is None else q.order[index]
+        rows = rows.at[:, order].get(unique_indices=True, mode="promise_in_bounds")
     y = multiply(
         rows, *q.kernel_operands(), index, block=q.block, features=outputs, layout=q.layout
     )

@@ -10,7 +10,7 @@ import jax
 from jqlora import tree
 from jqlora.quant.qtensor import QTensor
 from jqlora.quant.quantize import quantize
-from jqlora.quant.spec import BlockQuant
+from jqlora.quant.spec import Storage
 from jqlora.types import Params, Path
 
 SKIP = (
@@ -32,9 +32,7 @@ def is_quantized_path(path: Path, ndim: int, skip: tuple[str, ...] = SKIP) -> bo
     return path[-1] == "kernel" and ndim >= 2 and not any(f".{part}." in name for part in skip)
 
 
-def quantize_params(
-    params: Params, spec: BlockQuant, skip: tuple[str, ...] = SKIP
-) -> dict[str, Any]:
+def quantize_params(params: Params, spec: Storage, skip: tuple[str, ...] = SKIP) -> dict[str, Any]:
     """The tree with every dense kernel [*lead, K, N] but the skipped ones as ``QTensor``.
 
     Leaves may be ``ShapeDtypeStruct``; quantized ones are then ``QTensor`` of them. A leaf that is

@@ -10,11 +10,10 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jqlora.quant.codebooks import dynamic_map
-from jqlora.quant.schemes import SCHEMES, scheme_of
-from jqlora.quant.spec import BlockQuant
+from jqlora.quant.spec import Storage
 from jqlora_kernels.dequantize_blockwise import dequantize_blockwise
 from jqlora_kernels.layouts import BITSANDBYTES
-from jqlora_kernels.scales import GROUP, Nested
+from jqlora_kernels.scales import GROUP, Affine, Nested
 
 
 @flax.struct.dataclass
@@ -45,17 +44,22 @@ class QTensor:
     * ``codes`` of 8 bits (int8) are one to a byte instead: uint8 [*lead, rows, columns].
     * ``scales`` is f32 [*lead, rows, ceil(columns/block)]; with ``nested`` it is uint8, the codes
       of scales. Second-level groups run over the scales of one matrix.
+    * ``zeros``, where ``spec.zeros`` says so, is int16 of the shape of ``scales``: it is taken off
+      the codebook's value before that is scaled.
+    * ``order``, where ``spec.ordered`` says so, is int32 [*lead, K]: column i of what is stored is
+      column ``order[i]`` of W. Blocks then end with the rows.
     * Every array leaf starts with the same lead axes. Leaves may be ``ShapeDtypeStruct``.
     """
 
     codes: jax.Array
     scales: jax.Array
     nested: NestedScales | None
-    scheme: str = flax.struct.field(pytree_node=False)
-    block: int = flax.struct.field(pytree_node=False)
+    spec: Storage = flax.struct.field(pytree_node=False)
     matrix_shape: tuple[int, int] = flax.struct.field(pytree_node=False)
     dtype: Any = flax.struct.field(pytree_node=False)
     layout: str = flax.struct.field(pytree_node=False, default=BITSANDBYTES)
+    zeros: jax.Array | None = None
+    order: jax.Array | None = None
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -87,21 +91,29 @@ class QTensor:
         return 8 * self.nbytes / self.size
 
     @property
-    def spec(self) -> BlockQuant:
-        """The spec that quantizes to this storage."""
-        return SCHEMES[self.scheme].spec(block=self.block, double_quant=self.nested is not None)
+    def scheme(self) -> str:
+        """The name of its storage: nf4, fp4, int8, llm.int8 or int."""
+        return self.spec.scheme
+
+    @property
+    def block(self) -> int:
+        """How many elements share a scale."""
+        return self.spec.block_in(self.matrix_shape[0])
 
     @property
     def codebook(self) -> np.ndarray:
         """fp32 [16] or [256]: the value of every code."""
-        return SCHEMES[self.scheme].codebook()
+        return self.spec.codebook
 
-    def kernel_operands(self) -> tuple[jax.Array, jax.Array, jax.Array, Nested | None]:
+    def kernel_operands(
+        self,
+    ) -> tuple[jax.Array, jax.Array | Affine, jax.Array, Nested | None]:
         """(codes, scales, codebook, nested) as ``jqlora_kernels`` takes them."""
         nested = None
         if self.nested is not None:
             nested = (self.nested.absmax, self.nested.offset, jnp.asarray(dynamic_map()))
-        return self.codes, self.scales, jnp.asarray(self.codebook), nested
+        scales = self.scales if self.zeros is None else Affine(self.scales, self.zeros)
+        return self.codes, scales, jnp.asarray(self.codebook), nested
 
     def dequantize_rows(self, dtype: DTypeLike | None = None) -> jax.Array:
         """W [*lead, N, K] in ``dtype`` (default: its own), bit-equal to bitsandbytes' decode."""
@@ -114,6 +126,9 @@ class QTensor:
             dtype=self.dtype if dtype is None else dtype,
             layout=self.layout,
         )
+        if self.order is not None:
+            back = jnp.argsort(self.order, axis=-1)[..., None, :]
+            values = jnp.take_along_axis(values, back, axis=-1)
         return values.reshape(*self.lead, outputs, inputs)
 
     def dequantize(self, dtype: DTypeLike | None = None) -> jax.Array:
@@ -137,14 +152,15 @@ def row_count(matrix_shape: tuple[int, int], block: int) -> int:
     return outputs if inputs % block == 0 else 1
 
 
-def leaf_shapes(matrix_shape: tuple[int, int], spec: BlockQuant) -> dict[str, tuple[int, ...]]:
+def leaf_shapes(matrix_shape: tuple[int, int], spec: Storage) -> dict[str, tuple[int, ...]]:
     """Shapes of ``codes``, ``scales`` and second-level ``absmax`` for one matrix (K, N)."""
     inputs, outputs = matrix_shape
-    rows = row_count(matrix_shape, spec.block)
+    block = spec.block_in(inputs)
+    rows = row_count(matrix_shape, block)
     columns = inputs * outputs // rows
-    blocks = -(-columns // spec.block)
+    blocks = -(-columns // block)
     return {
-        "codes": (rows, -(-columns // scheme_of(spec).codes_per_byte)),
+        "codes": (rows, -(-columns // spec.codes_per_byte)),
         "scales": (rows, blocks),
         "absmax": (-(-rows * blocks // GROUP),),
     }

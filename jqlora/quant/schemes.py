@@ -1,4 +1,4 @@
-"""The table of storage schemes: a row has a name, the spec that asks for it, and its codebook.
+"""The storages that matrices can be quantized to, by the names that configs give them.
 
 Linear integers serve 8-bit weights rather than bitsandbytes' dynamic map, the default of its
 ``quantize_blockwise``: on normally distributed weights their relative error is a third smaller
@@ -6,44 +6,15 @@ Linear integers serve 8-bit weights rather than bitsandbytes' dynamic map, the d
 is for optimizer states, whose magnitudes span decades.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
-import numpy as np
-
 from jqlora.errors import ConfigError
-from jqlora.quant.codebooks import fp4_codebook, linear_map, nf4_codebook
-from jqlora.quant.spec import FP4, INT8, NF4, BlockQuant
-from jqlora_kernels.packing import codes_per_byte
+from jqlora.quant.spec import FP4, INT8, NF4, BlockQuant, RowInt8, Storage
+
+SCHEMES: dict[str, type[BlockQuant]] = {row.scheme: row for row in (NF4, FP4, INT8)}
 
 
-@dataclass(frozen=True)
-class Scheme:
-    """``codebook()`` is fp32 [16] or [256]: the value of every code."""
-
-    name: str
-    spec: type[BlockQuant]
-    codebook: Callable[[], np.ndarray]
-
-    @property
-    def codes_per_byte(self) -> int:
-        return codes_per_byte(self.codebook())
-
-
-SCHEMES = {
-    row.name: row
-    for row in (
-        Scheme("nf4", NF4, nf4_codebook),
-        Scheme("fp4", FP4, fp4_codebook),
-        Scheme("int8", INT8, linear_map),
-    )
-}
-
-
-def scheme_of(spec: BlockQuant) -> Scheme:
-    """The row that a spec asks for; ``ConfigError`` for anything that is no such spec."""
-    for row in SCHEMES.values():
-        if type(spec) is row.spec:
-            return row
-    kinds = ", ".join(row.spec.__name__ for row in SCHEMES.values())
+def check_quantizable(spec: Storage) -> None:
+    """``ConfigError`` for what no matrix is quantized to: a calibrated storage, or no spec."""
+    if isinstance(spec, RowInt8) or type(spec) in SCHEMES.values():
+        return
+    kinds = ", ".join(row.__name__ for row in SCHEMES.values())
     raise ConfigError(f"cannot quantize to {spec!r}: expected an instance of {kinds}")

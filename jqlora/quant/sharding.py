@@ -46,4 +46,7 @@ def _split(q: QTensor, mesh: Mesh, axis: str, over: str, units: int) -> QTensor:
     nested = None
     if q.nested is not None:
         nested = NestedScales(absmax=whole, offset=whole)  # pyright: ignore
-    return dataclasses.replace(q, codes=matrix, scales=matrix, nested=nested)
+    zeros, order = (None if q.zeros is None else matrix), (None if q.order is None else whole)
+    return dataclasses.replace(
+        q, codes=matrix, scales=matrix, nested=nested, zeros=zeros, order=order
+    )

@@ -28,7 +28,7 @@ def quantization(config: QuantizeConfig | None) -> BlockQuant | None:
     """The storage spec, None for a base kept whole."""
     if config is None:
         return None
-    return SCHEMES[config.scheme].spec(block=config.block, double_quant=config.double_quant)
+    return SCHEMES[config.scheme](block=config.block, double_quant=config.double_quant)
 
 
 def compute_dtype(config: ModelConfig) -> str:
@@ -119,7 +119,8 @@ def template(config: RunConfig) -> Template:
 def with_absolute_paths(config: RunConfig) -> RunConfig:
     """The config with local paths made absolute, so that a run can be resumed from anywhere."""
     data = config.data
-    sources = {name: _absolute(getattr(data, name)) for name in ("train", "heldout", "general")}
+    names = ("train", "heldout", "general", "validation")
+    sources = {name: _absolute(getattr(data, name)) for name in names}
     style = data.template
     if style.endswith((".jinja", ".jinja2", ".j2")):
         style = _absolute(style)
@@ -137,6 +138,8 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 def _absolute(source: Any) -> Any:
     if source is None:
         return None
+    if isinstance(source, dict):
+        return {name: _absolute(one) for name, one in source.items()}
     if not isinstance(source, str):
         return tuple(map(_absolute, source))
     if source.startswith(("package:", "datasets:")):

@@ -80,7 +80,7 @@ def stacked(size: int, operands: Operands, batched: Any) -> Operands:
 
     if nested is not None:
         nested = (joined(nested[0]), joined(nested[1]), nested[2])
-    return joined(codes), joined(scales), codebook, nested, numbers
+    return joined(codes), jax.tree.map(joined, scales), codebook, nested, numbers
 
 
 def whole(size: int, operands: Operands, batched: Any) -> tuple[Any, Any, Any, Any]:
@@ -95,4 +95,4 @@ def whole(size: int, operands: Operands, batched: Any) -> tuple[Any, Any, Any, A
 
     if nested is not None:
         nested = (batch(nested[0], nested_b[0]), batch(nested[1], nested_b[1]), nested[2])
-    return batch(codes, codes_b), batch(scales, scales_b), codebook, nested
+    return batch(codes, codes_b), jax.tree.map(batch, scales, scales_b), codebook, nested

@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jqlora_kernels.layouts import BITSANDBYTES, SPAN
 from jqlora_kernels.operands import Operands, select
-from jqlora_kernels.scales import GROUP, add_rounded, look_up
+from jqlora_kernels.scales import GROUP, Affine, add_rounded, look_up
 
 WHOLE = PartitionSpec()
 
@@ -117,12 +117,13 @@ class Blocks(NamedTuple):
     def stored(self, operands: Operands) -> list[str]:
         """The operands in the words of the rule: ``n`` rows and ``s`` units of the matrix, of ``r``
         elements, ``q`` bytes and ``u`` blocks; all that has another letter is whole."""
-        codes, _, _, nested, index = operands
+        codes, scales, _, nested, index = operands
         lead = lead_words(codes.ndim - 2)
         matrix = [f"{lead}a b", f"{lead}d e"]
         if self.divisible:
             matrix = [f"{lead}n (s q)", f"{lead}n {'s' if self.unit == self.block else '(s u)'}"]
         second = [f"{lead}g", lead or "o", "t"] if nested is not None else []
+        matrix += matrix[1:] * (len(jax.tree.leaves(scales)) - 1)  # zero points lie as scales do
         return [*matrix, "c", *second, *(["i"] if index is not None else [])]
 
     def rule(self, words: str, contracted: str, free: str = "") -> dict[str, Any]:
@@ -144,7 +145,7 @@ class Blocks(NamedTuple):
 
     def pieces(self, mesh: Mesh, operands: Any) -> "Pieces":
         """Those that the matrix is in already."""
-        codes, scales = operands[0], operands[1]
+        codes, scales = operands[0], jax.tree.leaves(operands[1])[0]
         rows, columns = axes(codes, -2), axes(codes, -1)
         if not self.divisible or scales.shape[-2] % size(mesh, rows):
             rows = ()
@@ -187,15 +188,16 @@ class Pieces(NamedTuple):
 
     def specs(self, operands: Operands) -> Any:
         """Of the operands."""
-        codes, _, _, nested, index = operands
+        codes, scales, _, nested, index = operands
         matrix = self.matrix(codes.ndim - 2)
         second = None if nested is None else (WHOLE, WHOLE, WHOLE)
-        return matrix, matrix, WHOLE, second, None if index is None else WHOLE
+        beside = jax.tree.map(lambda _: matrix, scales)
+        return matrix, beside, WHOLE, second, None if index is None else WHOLE
 
     def local(self, operands: Operands) -> Operands:
         """Operands of this device's piece, with the second-level scales that are its own."""
         codes, scales, codebook, nested, index = operands
-        if nested is None or not (self.rows or self.columns):
+        if nested is None or isinstance(scales, Affine) or not (self.rows or self.columns):
             return operands
         absmax, offset, table = nested
         count = scales.shape[-2] * scales.shape[-1]

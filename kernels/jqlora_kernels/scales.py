@@ -1,6 +1,7 @@
-"""Second-level scales: the scales of the blocks, themselves stored as 8-bit codes."""
+"""What stands beside the codes of a block: its scale, which may itself be an 8-bit code, and a
+zero point where there is one."""
 
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +13,29 @@ Nested: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
 """``(absmax f32 [*lead, groups], offset f32 [*lead], table f32 [256])``."""
 
 
-def decode_scales(scales: jax.Array, nested: Nested | None) -> jax.Array:
+class Affine(NamedTuple):
+    """Scales of blocks that have zero points: an element is ``(codebook[code] - zero) * scale``.
+
+    ``scales`` f32 and ``zeros`` int16, both [*lead, rows, blocks]. Stands where scales stand.
+    """
+
+    scales: jax.Array
+    zeros: jax.Array
+
+
+Scales: TypeAlias = jax.Array | Affine
+
+
+def decode_scales(scales: Scales, nested: Nested | None) -> Scales:
     """Scales as fp32 [*lead, rows, blocks]: as they are, or ``table[code] * absmax + offset``.
 
-    Groups of 256 run over the flattened (rows, blocks) of each lead element.
+    Groups of 256 run over the flattened (rows, blocks) of each lead element. Zero points, which
+    stay as they are, and a second level exclude each other (``ValueError``).
     """
     if nested is None:
         return scales
+    if isinstance(scales, Affine):
+        raise ValueError("scales with zero points have no second level")
     absmax, offset, table = nested
     *lead, rows, blocks = scales.shape
     count = rows * blocks

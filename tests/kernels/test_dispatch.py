@@ -3,9 +3,12 @@
 import logging
 
 import jax
+import jax.numpy as jnp
 import pytest
 
+from jqlora.quant import choose_backends, empty
 from jqlora_kernels import dispatch
+from tests.storages import STORAGES
 
 
 def refuse(reason):
@@ -68,3 +71,23 @@ def test_an_unknown_backend_is_refused_with_those_there_are(monkeypatch):
     monkeypatch.setenv(dispatch.VARIABLE, "cutlass")
     with pytest.raises(ValueError, match=r"JQLORA_KERNELS=cutlass.*triton, reference"):
         dispatch.run("op", BACKENDS, None)
+
+
+ZEROS = "zero points: the kernel decodes"
+ODD = "block=96 is no power of two"
+
+
+@pytest.mark.parametrize(
+    ("storage", "inputs", "reason"), [("awq", 128, ZEROS), ("llm.int8", 96, ODD)]
+)
+def test_what_no_kernel_decodes_goes_to_the_definition_with_the_reason(
+    storage, inputs, reason, monkeypatch
+):
+    q = jax.eval_shape(lambda: empty((inputs, 64), (2,), STORAGES[storage], jnp.bfloat16))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for choice in choose_backends(q, 16, "bfloat16"):
+        assert choice.backend == "reference"
+        assert choice.refusals["triton"].startswith(reason)
+    monkeypatch.setenv("JQLORA_KERNELS", "triton")
+    with pytest.raises(NotImplementedError, match=reason):
+        choose_backends(q, 16, "bfloat16")

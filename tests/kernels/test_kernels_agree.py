@@ -17,6 +17,7 @@ from jqlora_kernels import tuning
 from jqlora_kernels.dequantize_blockwise import dequantize_blockwise
 from jqlora_kernels.quantized_matmul import quantized_matmul
 from jqlora_kernels.shapes import FLAT, MODEL_LAYERS, RAGGED
+from tests.storages import STORAGES, stored
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
@@ -77,6 +78,14 @@ def rows_of(count, inputs, dtype):
 @pytest.mark.parametrize(("spec", "dtype"), [*zip(SPECS, itertools.cycle(BUDGET))])
 def test_decoding_agrees_bit_for_bit_in_every_dtype(spec, dtype):
     assert_decodes_alike(*layer(192, 20, spec, dtype))
+
+
+@pytest.mark.parametrize("storage", ["gptq", "llm.int8"])
+def test_codes_that_come_with_checkpoints_agree(storage):
+    q = stored(jax.random.normal(jax.random.key(0), (256, 20)) / 10, STORAGES[storage])
+    static = {"block": q.block, "columns": 256, "dtype": "float32"}
+    assert_decodes_alike(q.kernel_operands(), static)
+    assert_multiplies_alike(rows_of(3, 256, "float32"), q.kernel_operands(), q.block, 20)
 
 
 @pytest.mark.parametrize("block", BLOCKS)

@@ -16,9 +16,10 @@ from jqlora.merging import merge
 from jqlora.methods import AdaLoRA, LoRA, method_of
 from jqlora.models.layers import scan_to_loop
 from jqlora.optim import adalora
-from jqlora.quant import NF4, is_qtensor, quantize_params
+from jqlora.quant import NF4, GroupInt, is_qtensor
 from jqlora.train import TrainState, make_train_step
 from tests import toy_models
+from tests.storages import stored_params
 from tests.toy_models import FORMS, IDS
 
 # Everything about a method that the relations below need: a spec for any model.
@@ -35,14 +36,15 @@ STORAGES = {
     "dense": None,
     "nf4": NF4(block=32),
     "nf4 twice": NF4(block=32, double_quant=True),
+    "gptq": GroupInt(format="gptq_v2", group=32, ordered=True),
 }
-# Attention's kernels are no plain matrices; the other forms alternate between the two storages.
+# Attention's kernels are no plain matrices; the other forms alternate between the storages.
 QUANTIZED = {
     "loop": "nf4",
     "scan": "nf4 twice",
     "scan and remat": "nf4",
     "experts": "nf4 twice",
-    "llama": "nf4 twice",
+    "llama": "gptq",
     "llama loop": "nf4",
 }
 GRID = [
@@ -50,7 +52,7 @@ GRID = [
     *(("lora", form, QUANTIZED[form]) for form in ("loop", "experts", "llama")),
     ("lora on everything", "attention", "dense"),
     ("lora on everything", "scan and remat", "nf4"),
-    ("adalora", "experts", "nf4 twice"),
+    ("adalora", "experts", "gptq"),
     ("adalora", "llama", "nf4 twice"),
 ]
 grid = pytest.mark.parametrize(
@@ -78,7 +80,7 @@ class Case:
     def params(self):
         params = toy_models.params_of(self.model)
         spec = STORAGES[self.storage]
-        return params if spec is None else quantize_params(params, spec, skip=("head", "lm_head"))
+        return params if spec is None else stored_params(params, spec, skip=("head", "lm_head"))
 
     @functools.cached_property
     def plan(self):

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jqlora.quant import FP4, INT8, NF4, quantize, quantized_matmul
+from jqlora.quant import NF4, quantize, quantized_matmul
+from tests.storages import STORAGES, fits, stored
 
-SPECS = [NF4(), FP4(), NF4(double_quant=True), INT8(double_quant=True)]
 # Largest difference over largest value: K = 128 products, summed in another order, then rounded.
 BUDGET = {"float32": 1e-6, "bfloat16": 2**-7, "float16": 2**-10}
 
@@ -23,11 +23,20 @@ def assert_close(actual, expected, dtype="float32"):
     assert np.abs(actual - expected).max() <= BUDGET[dtype] * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=str)
-@pytest.mark.parametrize("dtype", BUDGET)
-@pytest.mark.parametrize("inputs", [128, 100])
-def test_product_and_gradient_equal_those_of_the_decoded_kernel(spec, dtype, inputs, getkey):
-    q = quantize(jax.random.normal(getkey(), (inputs, 20)) / 10, spec)
+# every storage once, and each dtype and both shapes of blocks with storages that differ in them
+PRODUCTS = [(name, "float32", 128) for name in STORAGES]
+PRODUCTS += [
+    (name, dtype, inputs)
+    for name in ("nf4 twice", "int8", "llm.int8", "gptq in order")
+    for dtype in BUDGET
+    for inputs in (128, 100)
+    if fits(STORAGES[name], inputs) and (dtype, inputs) != ("float32", 128)
+]
+
+
+@pytest.mark.parametrize(("storage", "dtype", "inputs"), PRODUCTS)
+def test_product_and_gradient_equal_those_of_the_decoded_kernel(storage, dtype, inputs, getkey):
+    q = stored(jax.random.normal(getkey(), (inputs, 20)) / 10, STORAGES[storage])
     x = jax.random.normal(getkey(), (2, 3, inputs)).astype(dtype)
     g = jax.random.normal(getkey(), (2, 3, 20)).astype(dtype)
 
@@ -55,9 +64,9 @@ def layers(q, x, index):
     return jnp.tanh(quantized_matmul(x, q, index))
 
 
-@pytest.fixture
-def stack(getkey):
-    return quantize(jax.random.normal(getkey(), (4, 64, 64)) / 8, NF4(double_quant=True))
+@pytest.fixture(params=["nf4 twice", "gptq in order"])
+def stack(request, getkey):
+    return stored(jax.random.normal(getkey(), (4, 64, 64)) / 8, STORAGES[request.param])
 
 
 @pytest.mark.parametrize("remat", [False, True])

@@ -11,14 +11,14 @@ from jqlora_kernels import dispatch, layouts
 from jqlora_kernels.batching import batchable_decode
 from jqlora_kernels.dequantize_blockwise import pallas_triton, reference
 from jqlora_kernels.dequantize_blockwise.partitioning import partitionable
-from jqlora_kernels.operands import Operands
+from jqlora_kernels.operands import Operands, limited
 from jqlora_kernels.optional import lazily
-from jqlora_kernels.scales import Nested
+from jqlora_kernels.scales import Nested, Scales
 
 
 def dequantize_blockwise(
     codes: jax.Array,
-    scales: jax.Array,
+    scales: Scales,
     codebook: jax.Array,
     nested: Nested | None = None,
     index: jax.Array | None = None,
@@ -51,12 +51,13 @@ def dequantize_blockwise(
     return decode((codes, scales, codebook, nested, index))
 
 
-def backends(*, layout: str, **static: Any) -> dict[str, Callable[..., jax.Array]]:
+def backends(*, block: int, layout: str, **static: Any) -> dict[str, Callable[..., jax.Array]]:
     """What implements decoding: functions of ``(codes, scales, codebook, nested, index)``."""
+    static["block"] = block
     kernel = functools.partial(pallas_triton.dequantize_blockwise, **static)
     kernel = layouts.only_bitsandbytes(kernel, layout)
     optional = functools.partial(lazily, name="dequantize_blockwise", **static, layout=layout)
-    return {
+    found = {
         "triton": kernel,
         "triton_interpret": functools.partial(kernel, interpret=True),
         "jax_triton": optional(f"{__package__}.jax_triton"),
@@ -64,3 +65,4 @@ def backends(*, layout: str, **static: Any) -> dict[str, Callable[..., jax.Array
         "mosaic_interpret": optional(f"{__package__}.pallas_mosaic", interpret=True),
         "reference": functools.partial(reference.dequantize_blockwise, **static, layout=layout),
     }
+    return limited(found, block)

@@ -13,11 +13,11 @@ import jax
 from jqlora_kernels import dispatch, layouts
 from jqlora_kernels.batching import batchable_product
 from jqlora_kernels.dispatch import Choice
-from jqlora_kernels.operands import Operands
+from jqlora_kernels.operands import Operands, limited
 from jqlora_kernels.optional import lazily
 from jqlora_kernels.quantized_matmul import pallas_triton, reference
 from jqlora_kernels.quantized_matmul.partitioning import partitionable
-from jqlora_kernels.scales import Nested
+from jqlora_kernels.scales import Nested, Scales
 
 
 class Static(NamedTuple):
@@ -31,7 +31,7 @@ class Static(NamedTuple):
 def quantized_matmul(
     x: jax.Array,
     codes: jax.Array,
-    scales: jax.Array,
+    scales: Scales,
     codebook: jax.Array,
     nested: Nested | None = None,
     index: jax.Array | None = None,
@@ -60,7 +60,7 @@ def quantized_matmul(
 def choose(
     x: jax.Array,
     codes: jax.Array,
-    scales: jax.Array,
+    scales: Scales,
     codebook: jax.Array,
     nested: Nested | None = None,
     index: jax.Array | None = None,
@@ -91,7 +91,7 @@ def backends(name: str, features: int, static: Static) -> dict[str, Callable[...
     kernel = layouts.only_bitsandbytes(kernel, static.layout)
     options["layout"] = static.layout
     mosaic = functools.partial(lazily, f"{__package__}.pallas_mosaic", name, **options)
-    return {
+    found = {
         "triton": kernel,
         "triton_interpret": functools.partial(kernel, interpret=True),
         "jax_triton": lazily(f"{__package__}.jax_triton", name, **options),
@@ -100,6 +100,7 @@ def backends(name: str, features: int, static: Static) -> dict[str, Callable[...
         "mosaic_interpret": mosaic(interpret=True),
         "reference": functools.partial(getattr(reference, name), **options),
     }
+    return limited(found, static.block)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -18,13 +18,13 @@ from jqlora_kernels.dequantize_blockwise import reference as decode
 from jqlora_kernels.layouts import BITSANDBYTES, repack
 from jqlora_kernels.operands import select
 from jqlora_kernels.packing import codes_per_byte
-from jqlora_kernels.scales import Nested, decode_scales, look_up
+from jqlora_kernels.scales import Nested, Scales, decode_scales, look_up
 
 
 def quantized_matmul(
     x: jax.Array,
     codes: jax.Array,
-    scales: jax.Array,
+    scales: Scales,
     codebook: jax.Array,
     nested: Nested | None = None,
     index: jax.Array | None = None,
@@ -53,7 +53,7 @@ def quantized_matmul(
 def transposed(
     g: jax.Array,
     codes: jax.Array,
-    scales: jax.Array,
+    scales: Scales,
     codebook: jax.Array,
     nested: Nested | None = None,
     index: jax.Array | None = None,
@@ -91,7 +91,7 @@ def product(x: jax.Array, weight: jax.Array, axis: int) -> jax.Array:
 
 def column_parts(
     codes: jax.Array,
-    scales: jax.Array,
+    scales: Scales,
     codebook: jax.Array,
     nested: Nested | None,
     block: int,
@@ -108,7 +108,7 @@ def column_parts(
 
 def flat_rows(
     codes: jax.Array,
-    scales: jax.Array,
+    scales: Scales,
     codebook: jax.Array,
     nested: Nested | None,
     block: int,
