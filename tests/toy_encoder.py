@@ -20,7 +20,7 @@ CONFIG = {
     "architectures": ["BertForMaskedLM"],
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
     "pad_token_id": 0,
@@ -50,7 +50,7 @@ def wordpiece_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_encoder(folder: Path) -> Path:
-    """A Hugging Face directory with a random two-layer BERT of width 32."""
+    """A Hugging Face directory with a random one-layer BERT of width 32."""
     tokenizer = wordpiece_tokenizer()
     config = CONFIG | {"vocab_size": len(tokenizer)}
     family = family_of(config)
@@ -74,7 +74,7 @@ def reviews(count: int, seed: int) -> list[tuple[str, int]]:
     rows = []
     for i in range(count):
         label = int(i % 3 > 0)
-        words = list(generator.choice(OTHER, size=generator.integers(2, 20)))
+        words = list(generator.choice(OTHER, size=generator.integers(1, 10)))
         telling = generator.choice(GOOD if label else BAD)
         words.insert(int(generator.integers(0, len(words))), telling)
         rows.append((" ".join(map(str, words)), label))

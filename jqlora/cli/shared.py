@@ -49,6 +49,9 @@ def finish(outcome: "Outcome") -> int:
         if name in summary:
             before, after = summary[name]["before"]["loss"], summary[name]["after"]["loss"]
             say(f"{label} {before:.4f} -> {after:.4f}")
+    for name, found in summary.items():
+        for metric, before in _metrics(found, "before").items():
+            say(f"{name} {metric} {before:.4f} -> {_metrics(found, 'after')[metric]:.4f}")
     if "general_answers" in summary:
         counts = summary["general_answers"]
         say(
@@ -58,6 +61,12 @@ def finish(outcome: "Outcome") -> int:
     say(f"adapter  {outcome.directory / 'adapter'}")
     say(f"report   {outcome.directory / 'report.html'}")
     return 0
+
+
+def _metrics(found: Any, when: str) -> dict[str, float]:
+    """The scores of one of a summary's evaluations; nothing of its other entries."""
+    measured = found.get(when) if isinstance(found, dict) else None
+    return measured.get("metrics", {}) if isinstance(measured, dict) else {}
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from jqlora.config.kinds import STRICT, Count, NonNegative, Positive, PositiveFloat, Share
 from jqlora.config.methods import LoRAConfig, MethodConfig
+from jqlora.config.task import check_data, check_head
 from jqlora.errors import ConfigError
 
 
@@ -44,7 +45,11 @@ class ModelConfig:
     remat: Literal["none", "dots", "full"] = "dots"
     """What the backward pass recomputes: ``dots`` all but products, ``full`` whole layers."""
     attention: Literal["auto", "xla", "cudnn"] = "auto"
-    """Which implementation of attention."""
+    """Which implementation of attention; encoders have one, ``auto``."""
+    task: Literal["causal-lm", "sequence-classification", "question-answering"] | None = None
+    """What the model's head is for; null is what ``data.task`` needs, or text without one."""
+    num_labels: Positive | None = None
+    """Outputs of a classifier; null is as many as ``data.task`` has labels."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,6 +60,14 @@ class DataConfig:
 
     train: str | tuple[str, ...]
     """File, pattern, folder, ``package:NAME/FILE``, ``datasets:NAME``, or a list of them."""
+    task: str | None = None
+    """What the rows mean and are scored by: sst2, squad, ... (``jqlora.tasks``); null is text."""
+    validation: str | tuple[str, ...] | dict[str, str] | None = None
+    """Rows of the task to be scored on; of several by their names (``matched: ...``)."""
+    labels: tuple[str, ...] = ()
+    """Names of the classes in the order of their numbers, where the task has none."""
+    stride: Count = 128
+    """Tokens that windows of a long text share, in question answering."""
     heldout: str | tuple[str, ...] | None = None
     """Records never trained on, whose loss is reported."""
     heldout_share: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -63,8 +76,8 @@ class DataConfig:
     """Records of general knowledge, to see whether training damages it."""
     length: Positive = 512
     """Tokens in a row of a batch."""
-    packing: bool = True
-    """Several records in a row, each attending only to itself."""
+    packing: bool | None = None
+    """Several records in a row, each attending only to itself; null is yes but for a task."""
     train_on: Literal["completion", "all"] = "completion"
     """Learn the answers, or every token."""
     too_long: Literal["error", "truncate", "split"] = "error"
@@ -75,6 +88,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.heldout is not None and self.heldout_share is not None:
             raise ConfigError("data.heldout and data.heldout_share exclude each other: keep one")
+        check_data(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -195,3 +209,4 @@ class RunConfig:
                 "train.freeze_a and train.lora_plus_ratio are for the factors of method.name=lora, "
                 f"which {self.method.name} has not"
             )
+        check_head(self)

@@ -4,6 +4,7 @@ One class serves BERT, RoBERTa, XLM-RoBERTa and DeBERTa; ``KINDS`` has what each
 keys. Dropout is kept as it is written, for those who read the file elsewhere, and not applied.
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -130,6 +131,14 @@ class EncoderConfig:
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def longest(self) -> int:
+        """The longest row that the positions serve; relative ones alone serve any."""
+        if self.disentangled is not None and not self.disentangled.absolute_positions:
+            return sys.maxsize
+        unused = (self.pad_token_id or 0) + 1 if self.kind.positions_after_padding else 0
+        return self.max_position_embeddings - unused
 
     def with_labels(self, count: int) -> "EncoderConfig":
         """For a classifier with ``count`` outputs; labels of another number lose their names."""

@@ -5,17 +5,16 @@ from collections.abc import Iterable
 
 from jqlora import tree
 from jqlora.config import RunConfig
-from jqlora.io.load import describe
 from jqlora.quant import QTensor, choose_backends
 from jqlora.run import choices
+from jqlora.run.head import describe_model
 from jqlora.types import Params
 
 
 def backend_lines(config: RunConfig) -> list[str]:
     """In sentences, for this process's device; only headers of files are read, nothing runs."""
     dtype = choices.compute_dtype(config.model)
-    quantize = choices.quantization(config.model.quantize)
-    _, params = describe(config.model.source, quantize=quantize, dtype=dtype)
+    _, params = describe_model(config)
     rows = config.train.batch_size // config.train.accumulate * config.data.length
     return backends_of(params, rows, dtype)
 

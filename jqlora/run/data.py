@@ -17,25 +17,26 @@ from jqlora.data import (
 )
 from jqlora.errors import ConfigError, DataError
 from jqlora.run import choices
-from jqlora.train.loss import Batch
+from jqlora.train.evaluate import Measured
 
 
 @dataclasses.dataclass(frozen=True)
 class RunData:
     """What a run reads.
 
-    ``loader`` yields the training batches and ``evaluations`` are named lists of them; ``prompts``
-    are the config's questions, ``checks`` the general records that say what an answer must contain.
+    ``loader`` yields the training batches and ``evaluations`` are what is measured, by name;
+    ``prompts`` are the config's questions, ``checks`` the general records that say what an answer
+    must contain.
     """
 
     loader: Loader
-    evaluations: dict[str, Sequence[Batch]]
-    prompts: list[Record]
-    checks: list[Record]
+    evaluations: dict[str, Measured]
     messages: list[str]
+    prompts: list[Record] = dataclasses.field(default_factory=list)
+    checks: list[Record] = dataclasses.field(default_factory=list)
 
 
-def read_data(config: RunConfig, tokenizer) -> RunData:
+def read_records_of(config: RunConfig, tokenizer) -> RunData:
     """Read, split, encode and lay out the config's records.
 
     Raises SourceError and DataError as ``jqlora.data`` does, ConfigError where the warm-up is
@@ -58,16 +59,12 @@ def read_data(config: RunConfig, tokenizer) -> RunData:
         examples,
         length=config.data.length,
         batch_size=config.train.batch_size,
-        packing=config.data.packing,
+        packing=_packing(config),
         seed=config.train.seed,
         epochs=config.train.epochs,
         steps=config.train.steps,
     )
-    if config.train.warmup >= loader.total_steps:
-        raise ConfigError(
-            f"train.warmup={config.train.warmup} must be below the {loader.total_steps} steps that "
-            f"train.epochs={config.train.epochs} makes"
-        )
+    check_warmup(config, loader)
     messages.append(
         f"training: {loader.total_steps} steps of {config.train.batch_size} rows of "
         f"{config.data.length} tokens, {100 * loader.rows.fill:.0f} % full; "
@@ -77,7 +74,7 @@ def read_data(config: RunConfig, tokenizer) -> RunData:
     for name, kept in measured.items():
         examples, report = _encode(config, kept, tokenizer)
         messages += [f"{name}: {line}" for line in report.lines()]
-        evaluations[name] = evaluation_batches(config, examples)
+        evaluations[name] = evaluation_of(config, examples)
         if shared := shared_questions(records, kept):
             messages.append(
                 f"{name}: {len(shared)} of {len(kept)} records ask what training asks too, so "
@@ -85,21 +82,29 @@ def read_data(config: RunConfig, tokenizer) -> RunData:
             )
     prompts = [prompt_like(records[0], prompt) for prompt in config.sample.prompts]
     checks = [record for record in measured.get("general", ()) if record.expect]
-    return RunData(loader, evaluations, prompts, checks, messages)
+    return RunData(loader, evaluations, messages, prompts, checks)
 
 
-def evaluation_batches(config: RunConfig, examples: Sequence[Example]) -> Sequence[Batch]:
+def evaluation_of(config: RunConfig, examples: Sequence[Example]) -> Measured:
     """All examples once, in batches of the size of one micro-batch."""
-    return list(
-        make_loader(
-            examples,
-            length=config.data.length,
-            batch_size=config.train.batch_size // config.train.accumulate,
-            packing=config.data.packing,
-            epochs=1,
-            shuffle=False,
-        )
+    batches = make_loader(
+        examples,
+        length=config.data.length,
+        batch_size=config.train.batch_size // config.train.accumulate,
+        packing=_packing(config),
+        epochs=1,
+        shuffle=False,
     )
+    return Measured(list(batches))
+
+
+def check_warmup(config: RunConfig, loader: Loader) -> None:
+    """Raise ConfigError where the warm-up is longer than the epochs."""
+    if config.train.warmup >= loader.total_steps:
+        raise ConfigError(
+            f"train.warmup={config.train.warmup} must be below the {loader.total_steps} steps that "
+            f"train.epochs={config.train.epochs} makes"
+        )
 
 
 def prompt_like(record: Record, prompt: str) -> Record:
@@ -121,6 +126,10 @@ def check_length(config: RunConfig, model) -> None:
             f"data.length={config.data.length} exceeds the {longest} positions of "
             f"{config.model.source}: set data.length to at most {longest}"
         )
+
+
+def _packing(config: RunConfig) -> bool:
+    return config.data.packing is not False
 
 
 def _encode(config: RunConfig, records: Sequence[Record], tokenizer):

@@ -13,11 +13,14 @@ from jqlora.io import load, load_tokenizer
 from jqlora.methods import Plan
 from jqlora.run import choices
 from jqlora.run.answers import Answerer, check_answers
-from jqlora.run.data import RunData, read_data
+from jqlora.run.data import RunData, read_records_of
+from jqlora.run.head import loading, ready, with_head
 from jqlora.run.loading import LoadingBar
 from jqlora.run.sizes import plan_run
+from jqlora.run.tasks import outputs_of, read_task
 from jqlora.train.directory import RunDirectory
 from jqlora.train.evaluate import Evaluation, evaluate, make_eval_step
+from jqlora.train.task_loss import loss_for
 from jqlora.types import Adapters, Params
 
 Say = Callable[[str], None]
@@ -35,7 +38,10 @@ def prepare(config: RunConfig, say: Say) -> Prepared:
     """All that can fail early; only headers of the model's files are read."""
     sizes = plan_run(config)
     tokenizer = load_tokenizer(config.model.source)
-    data = read_data(config, tokenizer)
+    if config.data.task is None:
+        data = read_records_of(config, tokenizer)
+    else:
+        data = read_task(config, tokenizer, sizes.model)
     choices.optimizer_of(config, sizes.plan, data.loader.total_steps)  # its schedule may not fit
     for line in (*sizes.lines(), *data.messages):
         say(line)
@@ -62,21 +68,18 @@ def open_session(config: RunConfig, run: RunDirectory, prepared: Prepared, say: 
     begin = time.perf_counter()
     with LoadingBar(config.model.source, say) as bar:
         model, params = load(
-            config.model.source,
-            quantize=choices.quantization(config.model.quantize),
-            dtype=choices.compute_dtype(config.model),
-            progress=bar,
+            config.model.source, seed=config.train.seed, progress=bar, **loading(config)
         )
     seconds = time.perf_counter() - begin
-    model = model.clone(remat=config.model.remat, attention=config.model.attention)
-    planned = plan(model, params, choices.adapter_spec(config.method))
+    model = ready(config, model)
+    planned = plan(model, params, choices.adapter_spec(with_head(config)))
     apply = bind(model, planned)
-    eval_step = make_eval_step(apply)
+    eval_step = make_eval_step(apply, loss=loss_for(model), outputs=outputs_of(config.data.task))
 
     def measure(adapters: Adapters) -> dict[str, Evaluation]:
         return {
-            name: evaluate(eval_step, params, adapters, batches)
-            for name, batches in prepared.data.evaluations.items()
+            name: evaluate(eval_step, params, adapters, on.batches, on.score)
+            for name, on in prepared.data.evaluations.items()
         }
 
     answerer = Answerer(
@@ -95,10 +98,7 @@ def measure_all(session: Session, adapters: Adapters) -> dict[str, Any]:
     data, count = session.data, len(session.config.sample.prompts)
     texts = session.answerer.ask({"params": session.params, **adapters})
     return {
-        "evaluations": {
-            name: {"loss": e.loss, "perplexity": e.perplexity, "tokens": e.tokens}
-            for name, e in session.measure(adapters).items()
-        },
+        "evaluations": {name: found.record() for name, found in session.measure(adapters).items()},
         "answers": [
             {"prompt": prompt, "answer": text}
             for prompt, text in zip(session.config.sample.prompts, texts[:count], strict=True)

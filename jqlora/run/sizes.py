@@ -8,7 +8,6 @@ import jax
 
 from jqlora.attach import init, plan
 from jqlora.config import AdaLoRAConfig, RunConfig
-from jqlora.io.load import describe
 from jqlora.methods import Plan
 from jqlora.optim.adalora import allocated, budget_of
 from jqlora.optim.budget import Budget
@@ -17,13 +16,15 @@ from jqlora.quant import footprint
 from jqlora.quant.params import Footprint
 from jqlora.run import choices
 from jqlora.run.data import check_length
+from jqlora.run.head import describe_model, with_head
 from jqlora.train.usage import readable_bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """The plan and what base, adapters and optimizer state weigh."""
+    """The model, the plan, and what base, adapters and optimizer state weigh."""
 
+    model: Any
     plan: Plan
     budget: Budget | None
     """Of AdaLoRA."""
@@ -97,13 +98,9 @@ def plan_run(config: RunConfig) -> Sizes:
 
     Raises what ``jq.load`` and ``jq.plan`` raise, and DataError for rows longer than the model.
     """
-    model, params = describe(
-        config.model.source,
-        quantize=choices.quantization(config.model.quantize),
-        dtype=choices.compute_dtype(config.model),
-    )
+    model, params = describe_model(config)
     check_length(config, model)
-    sites = plan(model, params, choices.adapter_spec(config.method))
+    sites = plan(model, params, choices.adapter_spec(with_head(config)))
     adapters = jax.eval_shape(lambda base: init(jax.random.key(0), sites, base), params)
     # how many steps the epochs make is not known before the data are read
     steps = config.train.steps or 2**17
@@ -114,6 +111,7 @@ def plan_run(config: RunConfig) -> Sizes:
     state = planned_residence(*planned(tx.init, adapters))
     open = config.train.offload == "auto"
     return Sizes(
+        model=model,
         plan=sites,
         budget=budget,
         base=footprint(params),

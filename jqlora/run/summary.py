@@ -29,7 +29,8 @@ def summarize(
 ) -> dict[str, Any]:
     """All numbers of a finished run; ``heldout`` and ``general`` have ``before`` and ``after``;
     ``general_answers`` counts the answers that say what their records expect; ``ranks`` is what
-    AdaLoRA left; ``optimizer_bytes`` are those of its state on the device and on the host.
+    AdaLoRA left; ``optimizer_bytes`` are those of its state on the device and on the host. A run on
+    a ``task`` has ``validation`` with its ``metrics``, and counts labels where others count tokens.
 
     ``tokens_per_second`` is the median over the logged steps and counts every token but padding.
     ``train_seconds`` has neither compilation nor evaluation nor saving in it; a resumed run adds
@@ -53,6 +54,7 @@ def summarize(
         "model": config.model.source,
         "method": _method(config),
         "quantize": _quantize(config),
+        "task": config.data.task,
         "optimizer": config.train.optimizer,
         "optimizer_bytes": dataclasses.asdict(residence(fit.state.opt_state)),
         "steps": int(fit.state.step),

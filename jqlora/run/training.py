@@ -33,6 +33,7 @@ from jqlora.train.ranks import rank_record
 from jqlora.train.report import write_report
 from jqlora.train.state import TrainState
 from jqlora.train.step import make_train_step
+from jqlora.train.task_loss import loss_for
 from jqlora.types import Adapters
 
 
@@ -108,7 +109,13 @@ def _train(config: RunConfig, run: RunDirectory, prepared: Prepared, say: Say) -
         result = fit(
             state,
             session.params,
-            step=make_train_step(apply, tx, accumulate=config.train.accumulate, say=progress.say),
+            step=make_train_step(
+                apply,
+                tx,
+                accumulate=config.train.accumulate,
+                loss=loss_for(session.model),
+                say=progress.say,
+            ),
             batches=data.loader,
             total_steps=total,
             every=Every(
@@ -142,8 +149,7 @@ def _measure_before(
         known = {"before": measure_all(session, adapters)}
         atomic_write_json(session.run.before_after, known)
     evaluations = {
-        name: Evaluation(loss=found["loss"], tokens=found["tokens"])
-        for name, found in known["before"]["evaluations"].items()
+        name: Evaluation.of(found) for name, found in known["before"]["evaluations"].items()
     }
     log_evaluations(log, progress, 0, evaluations)
 

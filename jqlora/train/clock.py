@@ -1,12 +1,12 @@
 """Time spent training, apart from everything around it."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 
 
 class Clock:
-    """Seconds spent training: neither the first call, which compiles, nor evaluating or saving.
+    """Seconds spent training: no first call of a shape, which compiles, nor evaluating or saving.
 
     ``seconds`` goes on from ``before``, what earlier processes of the same run spent.
     """
@@ -15,15 +15,20 @@ class Clock:
         self.compile_seconds = 0.0
         self.seconds = before
         self._last: float | None = None
+        self._compiled: set[Hashable] = set()
 
     @contextmanager
-    def first_call(self) -> Iterator[None]:
-        """Around each call of the step: the first one compiles, and starts the clock."""
+    def call(self, shape: Hashable) -> Iterator[None]:
+        """Around each call of the step: the first one for a ``shape`` of batches compiles, and the
+        first of all starts the clock."""
         begin = time.perf_counter()
         yield
-        if self._last is None:
-            self._last = time.perf_counter()
-            self.compile_seconds = self._last - begin
+        if shape in self._compiled:
+            return
+        self._compiled.add(shape)
+        elapsed = time.perf_counter() - begin
+        self.compile_seconds += elapsed
+        self._last = begin + elapsed if self._last is None else self._last + elapsed
 
     def step(self, tokens: int) -> float:
         """Count a finished step; returns its tokens per second."""

@@ -101,7 +101,7 @@ def fit(
         values = {name: np.asarray(value).item() for name, value in metrics.items()}
         if not all(math.isfinite(value) for value in values.values()):
             _stop_at(number, values, batch, bad_batch)
-        rate = clock.step(int((np.asarray(batch["segment_ids"]) > 0).sum()))
+        rate = clock.step(_real_tokens(batch))
         row: Row = {"step": number, "kind": "train", **values, "tokens": int(values["tokens"])}
         with jax.numpy_dtype_promotion("standard"):
             row["learning_rate"] = float(jnp.asarray(schedule(number - 1)))
@@ -114,7 +114,7 @@ def fit(
     with deferred_signals() as caught:
         for number in range(int(state.step) + 1, total_steps + 1):
             batch = next(batches)
-            with clock.first_call():
+            with clock.call(batch["input_ids"].shape):
                 state, metrics = step(state, params, batch)
             settle()
             pending = (number, batch, metrics)
@@ -143,10 +143,18 @@ def log_evaluations(
 ) -> None:
     """One row and one line for each evaluation made after ``number`` steps."""
     for name, result in found.items():
-        log.write({"step": number, "kind": name, "loss": result.loss, "tokens": result.tokens})
-        progress.say(
-            f"step {number}: {name} loss {result.loss:.4f}, perplexity {result.perplexity:.2f}"
-        )
+        scores = dict(result.metrics)
+        row: Row = {"step": number, "kind": name, "loss": result.loss, "tokens": result.tokens}
+        log.write(row | ({"metrics": scores} if scores else {}))
+        told = scores or {"perplexity": result.perplexity}
+        numbers = ", ".join(f"{what} {value:.4g}" for what, value in told.items())
+        progress.say(f"step {number}: {name} loss {result.loss:.4f}, {numbers}")
+
+
+def _real_tokens(batch: Batch) -> int:
+    """Tokens of a batch that are no padding."""
+    mask = batch["segment_ids"] if "segment_ids" in batch else batch["attention_mask"]
+    return int((np.asarray(mask) > 0).sum())
 
 
 def _due(number: int, every: int, total: int) -> bool:

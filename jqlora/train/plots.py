@@ -17,9 +17,11 @@ EVALUATION_COLOURS = {"heldout": ORANGE, "general": GREEN}
 
 
 def draw_plots(rows: Sequence[Row], directory: str | Path) -> dict[str, Path]:
-    """Write ``loss``, ``learning_rate``, ``grad_norm`` and ``throughput``; returns their paths."""
+    """Write ``loss``, ``learning_rate``, ``grad_norm`` and ``throughput``, and the ``scores`` of a
+    task; returns their paths."""
     paths = {}
-    for name, draw in PLOTS.items():
+    plots = PLOTS | ({"scores": _draw_scores} if any("metrics" in row for row in rows) else {})
+    for name, draw in plots.items():
         figure = Figure(figsize=(7.2, 3.6), dpi=130, layout="constrained")
         axes = figure.add_subplot()
         draw(axes, rows)
@@ -68,8 +70,21 @@ def _draw_loss(axes: Axes, rows: Sequence[Row]) -> None:
         label = {"heldout": "held-out", "general": "general answers"}.get(kind, kind)
         axes.plot(steps, losses, color=colour, marker="o", markersize=4, label=label)
     axes.set_ylim(bottom=0)
-    axes.set_ylabel("nats per token")
+    axes.set_ylabel("loss" if any("metrics" in row for row in rows) else "nats per token")
     axes.set_title("Loss", loc="left")
+    axes.legend(frameon=False)
+
+
+def _draw_scores(axes: Axes, rows: Sequence[Row]) -> None:
+    scored = [row for row in rows if "metrics" in row]
+    for kind in dict.fromkeys(row["kind"] for row in scored):
+        of_kind = [row for row in scored if row["kind"] == kind]
+        steps = [row["step"] for row in of_kind]
+        for metric in of_kind[0]["metrics"]:
+            values = [row["metrics"][metric] for row in of_kind]
+            axes.plot(steps, values, marker="o", markersize=4, label=f"{kind}: {metric}")
+    axes.set_ylabel("score")
+    axes.set_title("Scores", loc="left")
     axes.legend(frameon=False)
 
 

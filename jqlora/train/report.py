@@ -7,7 +7,7 @@ from jqlora.io.atomic import atomic_write_text
 from jqlora.train.directory import RunDirectory
 from jqlora.train.metrics import read_metrics
 from jqlora.train.pages import embedded, render
-from jqlora.train.plots import PLOTS, draw_plots
+from jqlora.train.plots import draw_plots
 from jqlora.train.rank_plots import RANK_PLOTS, draw_rank_plots
 from jqlora.train.usage import readable_bytes
 
@@ -28,9 +28,11 @@ def write_report(run: RunDirectory, summary: dict[str, Any]) -> None:
         facts=facts(summary),
         quantize=f" --quantize {summary['quantize']}" if summary["quantize"] else "",
         losses=losses(measured),
+        scores=scores(measured),
+        targets=targets(summary),
         answers=answers(measured),
         changed_checks=changed_checks(measured),
-        plots=embedded({name: images[name] for name in PLOTS}),
+        plots=embedded({n: path for n, path in images.items() if n not in RANK_PLOTS}),
         rank_plots=embedded({name: images[name] for name in RANK_PLOTS if name in images}),
         config=run.config.read_text(),
         summary_json=json.dumps(summary, indent=2, ensure_ascii=False),
@@ -46,6 +48,21 @@ def losses(measured: dict[str, Any]) -> list[dict[str, Any]]:
         {"name": names.get(kind, kind), "before": before[kind], "after": after[kind]}
         for kind in before
     ]
+
+
+def scores(measured: dict[str, Any]) -> list[dict[str, Any]]:
+    """One line for each score of a task, before and after."""
+    before, after = measured["before"]["evaluations"], measured["after"]["evaluations"]
+    return [
+        {"name": kind, "metric": metric, "before": old, "after": after[kind]["metrics"][metric]}
+        for kind, found in before.items()
+        for metric, old in found.get("metrics", {}).items()
+    ]
+
+
+def targets(summary: dict[str, Any]) -> str:
+    """What a loss is a mean over."""
+    return "labels" if summary["task"] else "tokens"
 
 
 def answers(measured: dict[str, Any]) -> list[dict[str, str]]:
@@ -85,8 +102,8 @@ def facts(summary: dict[str, Any]) -> dict[str, str]:
         ),
         "adapter file": readable_bytes(summary["adapter_bytes"]),
         "steps": (
-            f"{summary['steps']}, {summary['learnt_tokens_per_step']:.0f} learnt tokens each "
-            "on average"
+            f"{summary['steps']}, {summary['learnt_tokens_per_step']:.0f} learnt "
+            f"{targets(summary)} each on average"
         ),
         "speed": f"{summary['tokens_per_second']:.0f} tokens per second",
         "time": (

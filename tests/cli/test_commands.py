@@ -194,6 +194,6 @@ def test_other_errors_keep_their_traceback(monkeypatch, toy):
     def broken(*args, **kwargs):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(jqlora.run.sizes, "describe", broken)
+    monkeypatch.setattr(jqlora.run.sizes, "describe_model", broken)
     with pytest.raises(ZeroDivisionError):
         main(["plan", str(toy / "config.yaml")])

@@ -1,0 +1,93 @@
+"""Which head a run puts on its model, and that a fresh one is trained whole.
+
+PEFT trains the head of a classifier whole and saves it beside the adapters (``modules_to_save``);
+so it is here, and whatever else the checkpoint lacks and is drawn at random, such as a pooler.
+"""
+
+import dataclasses
+from typing import Any
+
+from jqlora.config import MethodConfig, RunConfig
+from jqlora.errors import ConfigError
+from jqlora.io import fresh_head
+from jqlora.io.load import describe
+from jqlora.quant.params import SKIP
+from jqlora.run import choices
+from jqlora.tasks import TASKS
+from jqlora.types import Params
+
+OUTPUTS = {"sequence-classification": "classifier", "question-answering": "qa_outputs"}
+"""The module with the outputs of each head."""
+HEADS = ("pooler", *dict.fromkeys(OUTPUTS.values()))
+"""Modules that a checkpoint of another head lacks."""
+
+
+def loading(config: RunConfig) -> dict[str, Any]:
+    """The arguments of ``jq.load`` and ``describe`` that the config means, but for the seed."""
+    asked = head_of(config)
+    fresh = _fresh_modules(config, asked)
+    return {
+        "quantize": choices.quantization(config.model.quantize),
+        "dtype": choices.compute_dtype(config.model),
+        "skip": (*SKIP, *fresh),
+        **asked,
+    }
+
+
+def head_of(config: RunConfig) -> dict[str, Any]:
+    """``task`` and ``num_labels`` of the model; nothing asked where the run trains on text."""
+    if config.data.task is None:
+        return {}
+    task = TASKS[config.data.task]
+    if task.kind != "labels":
+        return {"task": task.head}
+    count = task.num_labels or config.model.num_labels or len(config.data.labels)
+    return {"task": task.head, "num_labels": count}
+
+
+def describe_model(config: RunConfig) -> tuple[Any, Params]:
+    """The config's model and the shapes of its parameters, from the headers of its files.
+
+    Raises ConfigError for a model whose head is not what the run trains.
+    """
+    model, params = describe(config.model.source, **loading(config))
+    found: Any = model
+    if config.data.task is None and found.task != "causal-lm":
+        raise ConfigError(
+            f"{config.model.source} has a head for {found.task}, and text is learnt by a causal "
+            "language model: name a data.task, or another model.source"
+        )
+    return model, params
+
+
+def ready(config: RunConfig, model: Any) -> Any:
+    """The model with the config's rematerialization and attention."""
+    options: dict[str, Any] = {"remat": config.model.remat, "attention": config.model.attention}
+    if not hasattr(model, "attention"):
+        del options["attention"]
+        if config.model.attention != "auto":
+            raise ConfigError(
+                f"model.attention={config.model.attention!r}: {type(model).__name__} has one "
+                "implementation; leave it 'auto'"
+            )
+    return model.clone(**options)
+
+
+def with_head(config: RunConfig) -> MethodConfig:
+    """The config's method, its ``modules_to_save`` with the head that is trained whole."""
+    method, asked = config.method, head_of(config)
+    if not asked:
+        return method
+    whole = dict.fromkeys(
+        [*method.modules_to_save, OUTPUTS[asked["task"]], *_fresh_modules(config, asked)]
+    )
+    return dataclasses.replace(method, modules_to_save=tuple(whole))
+
+
+def _fresh_modules(config: RunConfig, asked: dict[str, Any]) -> tuple[str, ...]:
+    """The modules of which something is drawn at random."""
+    if not asked:
+        return ()
+    names = fresh_head(config.model.source, **asked)
+    parts = (part for name in names for part in name.split("."))
+    return tuple(dict.fromkeys(part for part in parts if part in HEADS))

@@ -1,0 +1,172 @@
+"""Runs on tasks, from files in their published layouts to scores, an adapter and a report."""
+
+import json
+import os
+import re
+import signal
+
+import numpy as np
+import pytest
+
+from jqlora.cli import main
+from jqlora.config import read_config
+from jqlora.data import Loader
+from jqlora.run import plan_run, resume, train
+from jqlora.train.metrics import WALL_CLOCK, read_metrics
+from tests.toy_encoder import write_encoder, write_squad, write_sst2
+
+CONFIG = """
+model: {{source: {folder}/model}}
+method: {{rank: 8, alpha: 8}}
+data: {{task: sst2, train: {folder}/train.tsv, validation: {folder}/dev.tsv, length: 16}}
+train: {{steps: 120, batch_size: 16, lr: 1.0e-2, warmup: 8, eval_every: 40, save_every: 40}}
+output: {{directory: {folder}/run}}
+"""
+SILENT = {"say": lambda text: None}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("task")
+    write_encoder(folder / "model")
+    write_sst2(folder / "train.tsv", 256, seed=0)
+    write_sst2(folder / "dev.tsv", 75, seed=1)
+    write_squad(folder / "squad.json", 8)
+    (folder / "config.yaml").write_text(CONFIG.format(folder=folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    """A finished run of the config."""
+    assert main(["train", str(folder / "config.yaml")]) == 0
+    return folder / "run"
+
+
+def rows(run):
+    found = read_metrics(run / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k not in WALL_CLOCK} for row in found]
+
+
+def test_lora_and_a_fresh_head_learn_a_small_task(run):
+    summary = json.loads((run / "summary.json").read_text())
+    before, after = (summary["validation"][when] for when in ("before", "after"))
+    assert after["tokens"] == 75
+    assert after["loss"] < before["loss"]
+    assert after["metrics"]["accuracy"] > 0.9 > 2 / 3  # the share of the larger class
+    trained = [row["loss"] for row in rows(run) if row["kind"] == "train"]
+    assert np.mean(trained[-10:]) < 0.5 * np.mean(trained[:10])
+
+
+def test_scores_are_logged_while_training_drawn_and_reported(run):
+    scored = [row for row in rows(run) if row["kind"] == "validation"]
+    assert [row["step"] for row in scored] == [0, 40, 80, 120]
+    assert all(set(row["metrics"]) == {"accuracy"} for row in scored)
+    assert (run / "plots" / "scores.png").read_bytes().startswith(b"\x89PNG")
+    page = (run / "report.html").read_text()
+    assert "Scores before and after" in page
+    assert "perplexity" not in page.split("<h2>The run</h2>")[0]
+    assert f"{scored[-1]['metrics']['accuracy']:.4f}" in page
+    assert "jqlora eval" in page
+
+
+def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(run, folder, tmp_path, monkeypatch):
+    config = read_config([folder / "config.yaml"], [f"output.directory={tmp_path}/run"])
+    fetch, count = Loader.__next__, 0
+
+    def stop_at_the_thirtieth(self):
+        nonlocal count
+        count += 1
+        if count == 30:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return fetch(self)
+
+    monkeypatch.setattr(Loader, "__next__", stop_at_the_thirtieth)
+    assert train(config, **SILENT).signal == "SIGTERM"
+    assert resume(tmp_path / "run", **SILENT).signal is None
+    assert rows(tmp_path / "run") == rows(run)
+    file = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "run" / file).read_bytes() == (run / file).read_bytes()
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")
+def test_peft_loads_the_adapter_with_its_head_and_predicts_alike(run, folder):
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    from jqlora.tasks import TASKS
+    from jqlora.tasks.labelled import read_labelled
+    from jqlora.tasks.metrics import accuracy
+
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "model")
+    model = peft.PeftModel.from_pretrained(base, run / "adapter").eval()
+    assert model.peft_type == "LORA"
+    records, _ = read_labelled(TASKS["sst2"], folder / "dev.tsv")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
+    inputs = tokenizer([r.texts[0] for r in records], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        predicted = model(**inputs).logits.argmax(-1).numpy()
+    found = accuracy(np.asarray([r.label for r in records]), predicted)
+    summary = json.loads((run / "summary.json").read_text())
+    assert found == summary["validation"]["after"]["metrics"]["accuracy"]
+
+
+def config_of(folder, *words):
+    return read_config([folder / "config.yaml"], list(words))
+
+
+def test_the_head_is_planned_whole_and_kept_from_quantization(folder):
+    sizes = plan_run(config_of(folder, "model.quantize={}"))
+    whole = [leaf.template for leaf in sizes.plan.full]
+    assert {name.split(".")[-1] for name in whole} == {"classifier", "dense"}
+    assert {name.split(".")[0] for name in whole if "pooler" not in name} == {"classifier"}
+    # the pooler, which the masked-LM checkpoint lacks, is neither adapted nor stored as codes
+    assert not any("pooler" in site.template for site in sizes.plan.sites)
+    assert sizes.base.quantized_params == 4 * 32 * 32 + 2 * 32 * 48
+
+
+def test_questions_of_several_windows_are_trained_on_and_scored(folder):
+    squad = folder / "squad.json"
+    data = f"data={{task: squad_v2, train: {squad}, validation: {{own: {squad}}}, length: 24}}"
+    words = ["data.stride=8", "data.too_long=split", "train.steps=2", "train.warmup=0"]
+    words += ["method={name: adalora, init_rank: 2, target_rank: 1}", "model.quantize={}"]
+    config = folder / "squad.yaml"
+    config.write_text((folder / "config.yaml").read_text().replace("task: sst2, ", ""))
+    base = [line for line in config.read_text().splitlines() if not line.startswith("data")]
+    config.write_text("\n".join(base))
+    place = f"output.directory={folder}/squad"
+    outcome = train(read_config([config], [data, *words, place, "train.eval_every=0"]), **SILENT)
+    assert outcome.summary is not None
+    scores = outcome.summary["validation_own"]["after"]["metrics"]
+    names = {"exact_match", "f1"}
+    kinds = ("", "answerable_", "unanswerable_")
+    assert set(scores) == {kind + name for kind in kinds for name in names}
+    saved = json.loads((folder / "squad" / "adapter" / "adapter_config.json").read_text())
+    assert saved["task_type"] == "QUESTION_ANS"
+    assert saved["modules_to_save"] == ["qa_outputs"]
+
+
+MISTAKES = {
+    "an unknown task": (["data.task=sst"], "data.task='sst' is not a task; nearest:"),
+    "one only measured": (["data.task=mmlu"], "only measured"),
+    "another head": (["model.task=question-answering"], "needs 'sequence-classification'"),
+    "another number of labels": (["model.num_labels=3"], "has 2"),
+    "unknown labels": (["data.task=classification"], "model.num_labels or data.labels"),
+    "text's settings": (["data.general=x.jsonl"], "data.general is for text"),
+    "questions": (["sample.prompts=[why?]"], "sample.prompts"),
+    "packing": (["data.packing=true"], "data.packing=true"),
+    "windows of labels": (["data.too_long=split"], "'error' or 'truncate'"),
+    "text for an encoder": (["data.task=null", "data.validation=null"], "name a data.task"),
+    "validation without a task": (["data.task=null"], "data.validation needs data.task"),
+    "long rows": (["data.length=8"], "tokens, more than the 8 allowed"),
+    "more positions than there are": (["data.length=65"], "exceeds the 64 positions"),
+    "attention": (["model.attention=xla"], "one implementation"),
+}
+
+
+@pytest.mark.parametrize(("words", "expected"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_is_one_line(words, expected, folder, tmp_path, complain):
+    line = complain("train", folder / "config.yaml", f"output.directory={tmp_path}/run", *words)
+    assert re.search(re.escape(expected), line), line
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
