@@ -19,7 +19,7 @@ LAYERS = [
     {"io", "data", "optim", "generation", "tasks"},
     {"train"},
     {"config"},
-    {"run"},
+    {"run", "compare"},
     {"cli"},
 ]
 # What a room may use beyond the standard library and jqlora; None leaves it free.
@@ -27,7 +27,9 @@ THIRD_PARTY = {
     "jqlora_kernels": {"jax", "numpy", "jaxtyping", "jax_triton", "triton", "matplotlib"},
     "models": {"jax", "flax", "numpy"},
 }
-FORBIDDEN_EVERYWHERE = {"torch", "peft", "bitsandbytes"}
+# Of all files one runs the other side of a comparison, and says why; it is loaded only for that.
+TORCH_SIDE = PACKAGES["jqlora"] / "compare" / "torch_side.py"
+FORBIDDEN_ELSEWHERE = {"torch", "peft", "bitsandbytes"}
 # Rooms that a model must not know: a model is plain Linen.
 MODELS_MUST_NOT_KNOW = {"quant", "sites", "methods", "jqlora_kernels"}
 
@@ -75,7 +77,8 @@ def test_imports_point_down(package, file):
         elif parts[0] == "jqlora_kernels":
             target = "jqlora_kernels"
         else:
-            assert parts[0] not in FORBIDDEN_EVERYWHERE, f"{file}: imports {name}"
+            torch = parts[0] in FORBIDDEN_ELSEWHERE
+            assert not torch or file == TORCH_SIDE, f"{file}: imports {name}"
             allowed = THIRD_PARTY.get(here)
             if allowed is not None and parts[0] not in __import__("sys").stdlib_module_names:
                 assert parts[0] in allowed, f"{file}: {here} may not use {name}"
@@ -84,6 +87,16 @@ def test_imports_point_down(package, file):
         assert not (here == "models" and target in MODELS_MUST_NOT_KNOW), (
             f"{file}: a model imports {name}"
         )
+
+
+@pytest.mark.parametrize(("package", "file"), list(python_files()))
+def test_the_side_with_torch_is_loaded_by_a_comparison_alone(package, file):
+    inside = file.parent == TORCH_SIDE.parent
+    tree = ast.parse(file.read_text())
+    for node in tree.body if inside else ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            text = ast.unparse(node)
+            assert TORCH_SIDE.stem not in text, f"{file}: {text}"
 
 
 @pytest.mark.parametrize(("package", "file"), list(python_files()))

@@ -11,8 +11,8 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from jqlora.cli import compare, generate, merge, plan, quantize, resume, train
 from jqlora.cli import eval as evaluate
-from jqlora.cli import generate, merge, plan, quantize, resume, train
 from jqlora.errors import JqloraError
 
 COMMANDS = {
@@ -23,6 +23,7 @@ COMMANDS = {
     "generate": generate,
     "merge": merge,
     "quantize": quantize,
+    "compare": compare,
 }
 BAD_INPUT = 2
 

@@ -1,0 +1,65 @@
+"""What may differ, decided once: nothing on the command line widens it.
+
+**fp32.** Both sides compute the same function in another order of additions, so they differ by
+rounding, which is 6e-8 an operation and grows with the depth of the model and with the steps of
+training. A hundred and more such roundings fit into 1e-5. A real defect (a mask, an epsilon, a
+position that is off by one) shows as 1e-3 and above. A gradient is a sum of products of states
+that each carry such an error, and AdamW divides by its size, so gradients and trained adapters have
+ten times as much. Errors are relative: of states and logits to their range, of losses to their
+value, of each leaf of gradients and adapters to its largest entry.
+
+**bf16.** A rounding is 4e-3, two computations that are both right differ by much more than that
+after some layers, and by how much depends on the checkpoint: no fixed number is both safe and
+sharp. So each side is held to the exact result, that is, the same bf16 weights computed by
+transformers in fp32, and ours may lie no further from it than theirs does. Errors are root mean
+squares of the distance, as multiples of theirs (where theirs is below one rounding of the result,
+of that). A quarter more is allowed for chance in states and logits, which are thousands of numbers;
+a factor of two, one bit, in losses and single leaves, which are few.
+
+Files are compared bit for bit.
+"""
+
+from typing import Literal, NamedTuple
+
+Quantity = Literal["hidden states", "logits", "loss", "gradients", "loss curve", "adapters"]
+EXACT = 0.0
+ROUNDING = 2.0**-8
+"""Largest relative error of rounding to bf16, which keeps eight significant bits."""
+
+
+class Budgets(NamedTuple):
+    """The largest error of each quantity that passes, and in words what an error is; ``calibrated``
+    where it is a multiple of the other side's own."""
+
+    limits: dict[Quantity, float]
+    measure: str
+    calibrated: bool
+
+
+BUDGETS = {
+    "float32": Budgets(
+        {
+            "hidden states": 1e-5,
+            "logits": 1e-5,
+            "loss": 1e-5,
+            "gradients": 1e-4,
+            "loss curve": 1e-5,
+            "adapters": 1e-4,
+        },
+        "largest difference, relative to the range of states and logits, to the value of a loss, "
+        "to the largest entry of a leaf",
+        calibrated=False,
+    ),
+    "bfloat16": Budgets(
+        {
+            "hidden states": 1.25,
+            "logits": 1.25,
+            "loss": 2.0,
+            "gradients": 2.0,
+            "loss curve": 2.0,
+            "adapters": 2.0,
+        },
+        "root mean square of our distance from fp32 on the same weights, as a multiple of theirs",
+        calibrated=True,
+    ),
+}
