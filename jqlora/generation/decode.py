@@ -21,12 +21,18 @@ Apply: TypeAlias = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Program:
-    """What is static in a generation."""
+    """What is static in a generation.
+
+    An encoder-decoder begins with ``start``, None for other models; ``forced`` are pairs of a place
+    among the new tokens and the token that must stand there.
+    """
 
     apply: Apply
     model: Any
     sampling: Sampling
     slots: int
+    start: int | None = None
+    forced: tuple[tuple[int, int], ...] = ()
 
 
 @struct.dataclass
@@ -51,7 +57,10 @@ def choose(program: Program, logits: jax.Array, state: State) -> State:
         token = jax.random.categorical(key, scores, axis=-1)
     else:
         token = jnp.argmax(scores, axis=-1)
-    token = jnp.where(state.ended, state.pad_id, token.astype(jnp.int32))
+    token = token.astype(jnp.int32)
+    for place, forced in program.forced:
+        token = jnp.where(state.step == place, jnp.int32(forced), token)
+    token = jnp.where(state.ended, state.pad_id, token)
     ends = jnp.isin(token, state.eos_ids)
     rows = jnp.arange(token.shape[0])
     return replace(
@@ -73,15 +82,20 @@ def prefill(
     eos_ids: jax.Array,
     pad_id: jax.Array,
 ) -> State:
-    """The state after left-padded prompts int32 [B, T] and the choice of the first new token."""
+    """The state after prompts int32 [B, T] and the choice of the first new token.
+
+    What was seen by an encoder does not count as seen.
+    """
     batch = ids.shape[0]
-    out = program.apply(
-        variables,
-        ids,
-        attention_mask=mask,
-        cache=program.model.init_cache(batch, program.slots),
-        logits_to_keep=1,
-    )
+    cache = program.model.init_cache(batch, program.slots)
+    if program.start is None:
+        out = program.apply(variables, ids, attention_mask=mask, cache=cache, logits_to_keep=1)
+    else:
+        begun = jnp.full((batch, 1), program.start, jnp.int32)
+        out = program.apply(
+            variables, ids, attention_mask=mask, decoder_input_ids=begun, cache=cache
+        )
+        ids, mask = begun, jnp.ones_like(begun)
     logits = out.logits[:, -1]
     seen = jnp.zeros(logits.shape, bool).at[jnp.arange(batch)[:, None], ids].max(mask.astype(bool))
     state = State(
@@ -99,7 +113,11 @@ def prefill(
 
 def advance(program: Program, variables: Variables, state: State) -> State:
     """The state one token on."""
-    out = program.apply(variables, state.token[:, None], cache=state.cache)
+    tokens = state.token[:, None]
+    if program.start is None:
+        out = program.apply(variables, tokens, cache=state.cache)
+    else:
+        out = program.apply(variables, None, decoder_input_ids=tokens, cache=state.cache)
     return choose(program, out.logits[:, -1], replace(state, cache=out.cache))
 
 
