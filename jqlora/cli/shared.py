@@ -102,20 +102,31 @@ def quantization(name: str | None, block: int = 64) -> "BlockQuant | None":
     return choices.quantization(config)
 
 
-def open_model(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any], Any]:
-    """``(model, apply, variables, tokenizer)`` for :func:`add_model_arguments`."""
+def open_model(args: argparse.Namespace, **head: Any) -> tuple[Any, Any, dict[str, Any], Any]:
+    """``(model, apply, variables, tokenizer)`` for :func:`add_model_arguments`; ``head`` may ask
+    for a ``task`` and ``num_labels``, which checkpoint or adapter must have."""
     from jqlora.attach import bind
     from jqlora.config import ModelConfig
     from jqlora.io import load, load_tokenizer
     from jqlora.io.peft import load_adapter
     from jqlora.run import choices
+    from jqlora.run.head import fresh_modules, with_skip
     from jqlora.run.loading import LoadingBar
 
+    if args.adapter is None and (fresh := fresh_modules(args.model, head)):
+        raise ConfigError(
+            f"{args.model} has no head for {head['task']} ({', '.join(fresh)}): name an --adapter "
+            "that has one"
+        )
     dtype = choices.compute_dtype(ModelConfig(source=args.model, dtype=args.dtype))
     tokenizer = load_tokenizer(args.model)
     with LoadingBar(args.model, say) as bar:
         model, params = load(
-            args.model, quantize=quantization(args.quantize), dtype=dtype, progress=bar
+            args.model,
+            quantize=quantization(args.quantize),
+            dtype=dtype,
+            progress=bar,
+            **with_skip(args.model, head),
         )
     if args.adapter is None:
         return model, bind(model), {"params": params}, tokenizer

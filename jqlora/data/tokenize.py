@@ -81,6 +81,12 @@ def encode_prompt(
     return np.asarray([*(_begin(tokenizer) if rendered.raw else []), *ids], np.int32)
 
 
+def plain_ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> np.ndarray:
+    """int32 [n]: the tokens of plain text, with a begin-of-sequence token where the tokenizer puts
+    one."""
+    return np.asarray([*_begin(tokenizer), *_ids(text, tokenizer)], np.int32)
+
+
 def _extend(
     ids: list[int], text: str, piece: Piece, tokenizer: "PreTrainedTokenizerBase", origin: str
 ) -> list[int]:

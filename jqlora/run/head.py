@@ -13,7 +13,7 @@ from jqlora.io import fresh_head
 from jqlora.io.load import describe
 from jqlora.quant.params import SKIP
 from jqlora.run import choices
-from jqlora.tasks import TASKS
+from jqlora.tasks import TASKS, Task
 from jqlora.types import Params
 
 OUTPUTS = {"sequence-classification": "classifier", "question-answering": "qa_outputs"}
@@ -24,25 +24,33 @@ HEADS = ("pooler", *dict.fromkeys(OUTPUTS.values()))
 
 def loading(config: RunConfig) -> dict[str, Any]:
     """The arguments of ``jq.load`` and ``describe`` that the config means, but for the seed."""
-    asked = head_of(config)
-    fresh = _fresh_modules(config, asked)
     return {
         "quantize": choices.quantization(config.model.quantize),
         "dtype": choices.compute_dtype(config.model),
-        "skip": (*SKIP, *fresh),
-        **asked,
+        **with_skip(config.model.source, head_of(config)),
     }
+
+
+def with_skip(source: str, asked: dict[str, Any]) -> dict[str, Any]:
+    """What is asked of the head, and that no part of it is stored as codes."""
+    return {**asked, "skip": (*SKIP, *fresh_modules(source, asked))}
 
 
 def head_of(config: RunConfig) -> dict[str, Any]:
     """``task`` and ``num_labels`` of the model; nothing asked where the run trains on text."""
     if config.data.task is None:
         return {}
-    task = TASKS[config.data.task]
+    return head_for(
+        TASKS[config.data.task], config.model.num_labels or len(config.data.labels) or None
+    )
+
+
+def head_for(task: Task, count: int | None) -> dict[str, Any]:
+    """``task`` and ``num_labels`` of the model that serves a task, with ``count`` labels if it has
+    no number of its own; None is the checkpoint's."""
     if task.kind != "labels":
         return {"task": task.head}
-    count = task.num_labels or config.model.num_labels or len(config.data.labels)
-    return {"task": task.head, "num_labels": count}
+    return {"task": task.head, "num_labels": task.num_labels or count}
 
 
 def describe_model(config: RunConfig) -> tuple[Any, Params]:
@@ -79,15 +87,19 @@ def with_head(config: RunConfig) -> MethodConfig:
     if not asked:
         return method
     whole = dict.fromkeys(
-        [*method.modules_to_save, OUTPUTS[asked["task"]], *_fresh_modules(config, asked)]
+        [
+            *method.modules_to_save,
+            OUTPUTS[asked["task"]],
+            *fresh_modules(config.model.source, asked),
+        ]
     )
     return dataclasses.replace(method, modules_to_save=tuple(whole))
 
 
-def _fresh_modules(config: RunConfig, asked: dict[str, Any]) -> tuple[str, ...]:
-    """The modules of which something is drawn at random."""
+def fresh_modules(source: str, asked: dict[str, Any]) -> tuple[str, ...]:
+    """The modules of which something is drawn at random, for the head that is asked for."""
     if not asked:
         return ()
-    names = fresh_head(config.model.source, **asked)
+    names = fresh_head(source, **asked)
     parts = (part for name in names for part in name.split("."))
     return tuple(dict.fromkeys(part for part in parts if part in HEADS))

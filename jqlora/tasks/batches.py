@@ -18,9 +18,9 @@ from jqlora.tasks.features import NOTHING, Feature
 SHORTEST = 16
 
 
-def padded_length(needed: int, limit: int) -> int:
+def padded_length(needed: int, limit: int, shortest: int = SHORTEST) -> int:
     """The least of 16, 32, 64, ... and ``limit`` that is at least ``needed``."""
-    length = SHORTEST
+    length = shortest
     while length < needed:
         length *= 2
     return min(length, limit)

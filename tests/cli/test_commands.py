@@ -73,6 +73,37 @@ def test_eval_gives_the_loss_of_the_summary(finished, toy, capsys):
         np.testing.assert_allclose(found, summary["heldout"][when]["loss"], rtol=1e-4)
 
 
+def test_eval_of_documents_and_choices_prints_and_writes_numbers(toy, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("one two three. " * 10)
+    words = ["eval", str(toy / "model"), "--json", str(tmp_path / "found.json")]
+    documents = ["--task", "perplexity", "--data", str(tmp_path / "notes.txt"), "--length", "64"]
+    assert main([*words, *documents, "--stride", "16"]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["tokens"] == 149  # a token a byte, and nothing predicts the first
+    bits = found["loss"] * found["tokens"] / np.log(2) / 150
+    np.testing.assert_allclose(found["bits_per_byte"], bits)
+    assert f"perplexity {found['perplexity']:.3f}" in capsys.readouterr().out
+
+    for name in ("dev", "test"):
+        (tmp_path / name).mkdir()
+        file = tmp_path / name / f"sums_{name}.csv"
+        file.write_text("".join(f"{n}+1?,{n},{n + 1},B\n" for n in range(6)))
+    data = ["--task", "mmlu", "--data", str(tmp_path / "test")]
+    shots = ["--shots-data", str(tmp_path / "dev")]
+    assert main([*words, *data, *shots, "--form", "answers", "--length", "200"]) == 0
+    assert "accuracy_per_character" in capsys.readouterr().out
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["subjects"]["sums"]["questions"] == found["questions"] == 6
+    assert 0 <= found["metrics"]["accuracy"] <= 1
+
+
+def test_eval_of_choices_without_enough_shots_is_one_line(toy, tmp_path, complain):
+    (tmp_path / "sums_test.csv").write_text("1+1?,1,2,B\n")
+    words = ["eval", toy / "model", "--task", "mmlu", "--data", tmp_path / "sums_test.csv"]
+    assert "'sums' has 0 of 5" in complain(*words)
+    assert "more than 16 tokens" in complain(*words, "--shots", 0, "--length", 16)
+
+
 def test_generate_streams_what_the_report_shows(finished, toy, capsys):
     measured = json.loads((finished / "before_after.json").read_text())
     answer = measured["after"]["answers"][0]

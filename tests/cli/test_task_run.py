@@ -112,6 +112,26 @@ def test_peft_loads_the_adapter_with_its_head_and_predicts_alike(run, folder):
     assert found == summary["validation"]["after"]["metrics"]["accuracy"]
 
 
+def test_eval_gives_the_scores_of_the_summary(run, folder, tmp_path, capsys):
+    words = ["eval", str(folder / "model"), "--adapter", str(run / "adapter"), "--task", "sst2"]
+    words += ["--data", str(folder / "dev.tsv"), "--length", "16", "--batch-size", "16"]
+    assert main([*words, "--json", str(tmp_path / "scores.json")]) == 0
+    expected = json.loads((run / "summary.json").read_text())["validation"]["after"]
+    found = json.loads((tmp_path / "scores.json").read_text())
+    assert found["metrics"] == expected["metrics"]
+    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-5)
+    accuracy, _, labels = capsys.readouterr().out.splitlines()
+    assert accuracy == f"accuracy {expected['metrics']['accuracy']:.4f}"
+    assert labels == "labels 75"
+
+
+def test_a_model_without_the_head_is_not_scored(folder, complain):
+    words = ["eval", folder / "model", "--data", folder / "dev.tsv"]
+    assert "name an --adapter" in complain(*words, "--task", "sst2")
+    assert "name its task by --task" in complain(*words)
+    assert "nearest: sst2" in complain(*words, "--task", "sst")
+
+
 def config_of(folder, *words):
     return read_config([folder / "config.yaml"], list(words))
 
