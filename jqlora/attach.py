@@ -143,25 +143,43 @@ class Bound:
     def __call__(
         self, variables: Variables, *args: Any, key: jax.Array | None = None, **kwargs: Any
     ) -> Any:
+        reached: set[Path] = set()
+        result = self.partly(reached, variables, *args, key=key, **kwargs)
+        left_out = getattr(self.model, "leaves_out", lambda path, *args, **kwargs: False)
+        meant = {site.path for site in self.plan.sites if left_out(site.path, *args, **kwargs)}
+        self.check(reached | meant)
+        return result
+
+    def partly(
+        self,
+        reached: set[Path],
+        variables: Variables,
+        *args: Any,
+        key: jax.Array | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """One call of several that are a pass through the model together (``method=``).
+
+        The planned modules that it called are added to ``reached``, for :meth:`check` after the
+        last.
+        """
         _check_collections(variables, self.plan)
         grafted, quantized = _graft(variables, self.plan.placements, key)
         others = {n: v for n, v in variables.items() if n != "params" and n not in _OURS}
         by_path: dict[Path, list[Placement]] = {}
         for placement in self.plan.placements:
             by_path.setdefault(placement.site.path, []).append(placement)
-        interpreter = _Interpreter(by_path, quantized)
-        with nn.intercept_methods(interpreter):
-            result = self.model.apply({"params": grafted, **others}, *args, **kwargs)
-        left_out = getattr(self.model, "leaves_out", lambda path, *args, **kwargs: False)
-        missed = by_path.keys() - interpreter.reached
-        missed = {path for path in missed if not left_out(path, *args, **kwargs)}
-        if missed:
-            named = ", ".join(sorted(".".join(path) for path in missed))
+        with nn.intercept_methods(_Interpreter(by_path, quantized, reached)):
+            return self.model.apply({"params": grafted, **others}, *args, **kwargs)
+
+    def check(self, reached: set[Path]) -> None:
+        """Raises :class:`AdapterNotReached` where a planned module is not among ``reached``."""
+        planned = {placement.site.path for placement in self.plan.placements}
+        if missed := sorted(".".join(path) for path in planned - reached):
             raise AdapterNotReached(
-                f"the trace never called {named}, so their adapters would be lost: a "
+                f"the trace never called {', '.join(missed)}, so their adapters would be lost: a "
                 "class-level nn.jit with an old trace, or a branch that skips them"
             )
-        return result
 
     def penalty(self, adapters: Adapters) -> jax.Array:
         """What the plan's methods ask to be minimized beside the loss: fp32 scalar, 0 for LoRA."""
@@ -241,7 +259,7 @@ class _Interpreter:
 
     placements: Mapping[Path, Sequence[Placement]]
     quantized: Mapping[Path, QTensor]
-    reached: set[Path] = dataclasses.field(default_factory=set)
+    reached: set[Path]
 
     def __call__(
         self,

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jqlora.models.attention import Attention
+from jqlora.models.attention import Attention, LayerCache
 from jqlora.models.masks import Attending
 from jqlora.models.outputs import CausalLMOutput, KVCache
 from jqlora.models.preparation import Tokens, append, attending_for, tokens_of
@@ -81,6 +81,54 @@ class CausalLM(nn.Module):
         tokens only, which are written behind the cached ones. Outputs at padding mean nothing.
         ``logits_to_keep`` asks for the logits of the last so many tokens alone, 0 for all.
         """
+        x, fresh, hidden, tokens = self._through_layers(
+            input_ids,
+            attention_mask=attention_mask,
+            positions=positions,
+            segment_ids=segment_ids,
+            cache=cache,
+            emit_hidden=output_hidden_states,
+        )
+        logits = self.head(x[:, -logits_to_keep:])  # -0 keeps all
+        if cache is not None:
+            assert fresh is not None
+            cache = append(cache, fresh, tokens.segment_ids)
+        return CausalLMOutput(logits=logits, hidden_states=hidden, cache=cache)
+
+    def states(
+        self,
+        input_ids: jax.Array,
+        *,
+        attention_mask: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """[B, T, D]: what :meth:`head` makes logits of; arguments as for a call."""
+        return self._through_layers(
+            input_ids,
+            attention_mask=attention_mask,
+            positions=positions,
+            segment_ids=segment_ids,
+            cache=None,
+            emit_hidden=False,
+        )[0]
+
+    def head(self, x: jax.Array) -> jax.Array:
+        """Logits [B, T, V] of states [B, T, D]."""
+        if self.config.tie_word_embeddings:
+            return self.finish(getattr(self, self.base_name).attend(x))
+        return self.finish(self.lm_head(x))
+
+    def _through_layers(
+        self,
+        input_ids: jax.Array,
+        *,
+        attention_mask: jax.Array | None,
+        positions: jax.Array | None,
+        segment_ids: jax.Array | None,
+        cache: KVCache | None,
+        emit_hidden: bool,
+    ) -> tuple[jax.Array, LayerCache | None, jax.Array | None, Tokens]:
         tokens = tokens_of(
             input_ids.shape,
             attention_mask=attention_mask,
@@ -89,17 +137,10 @@ class CausalLM(nn.Module):
             cache=cache,
         )
         padded = attention_mask is not None or segment_ids is not None
-        attending = self.attending(tokens, cache, padded=padded, emit_hidden=output_hidden_states)
+        attending = self.attending(tokens, cache, padded=padded, emit_hidden=emit_hidden)
         past = None if cache is None else (cache.keys, cache.values)
         base = getattr(self, self.base_name)
-        x, fresh, hidden = base(input_ids, tokens.positions, attending, past)
-        x = x[:, -logits_to_keep:]  # -0 keeps all
-        tied = self.config.tie_word_embeddings
-        logits = self.finish(base.attend(x) if tied else self.lm_head(x))
-        if cache is not None:
-            assert fresh is not None
-            cache = append(cache, fresh, tokens.segment_ids)
-        return CausalLMOutput(logits=logits, hidden_states=hidden, cache=cache)
+        return *base(input_ids, tokens.positions, attending, past), tokens
 
     def init_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache for ``length`` tokens (padding included) of ``batch`` rows."""

@@ -16,8 +16,8 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
+from jqlora.train.by_chunks import chunk_losses, splits, summed_losses
 from jqlora.types import Variables
 
 Batch = Mapping[str, jax.Array | np.ndarray]
@@ -42,19 +42,21 @@ def cross_entropy(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array
     ``logits`` ``[B, T, V]`` of any float dtype are taken to fp32 before the softmax.
     """
     targets, counted = next_tokens(batch)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
-    return jnp.where(counted, losses, 0.0).sum(), counted.sum(dtype=jnp.float32)
+    return chunk_losses(logits, targets, counted), counted.sum(dtype=jnp.float32)
 
 
 def causal_lm_loss(
     apply, variables: Variables, batch: Batch, key: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """:func:`cross_entropy` of a causal language model bound by ``jq.bind``, on one batch."""
-    output = apply(
-        variables,
-        batch["input_ids"],
-        positions=batch["positions"],
-        segment_ids=batch["segment_ids"],
-        key=key,
-    )
-    return cross_entropy(output.logits, batch)
+    """:func:`cross_entropy` of a causal language model bound by ``jq.bind``, on one batch.
+
+    Where the model's states and head can be called apart (:class:`~jqlora.models.CausalLM`), the
+    logits of the whole batch are never made, see :mod:`jqlora.train.by_chunks`.
+    """
+    names = ("input_ids", "positions", "segment_ids")
+    inputs = {name: batch[name] for name in names}
+    if not splits(apply):
+        return cross_entropy(apply(variables, **inputs, key=key).logits, batch)
+    targets, counted = next_tokens(batch)
+    total = summed_losses(apply, variables, inputs, targets, counted, key)
+    return total, counted.sum(dtype=jnp.float32)
