@@ -7,14 +7,14 @@ from jqlora import tree
 from jqlora.config import RunConfig
 from jqlora.quant import QTensor, choose_backends
 from jqlora.run import choices
-from jqlora.run.head import describe_model
+from jqlora.run.head import choose, describe_model
 from jqlora.types import Params
 
 
 def backend_lines(config: RunConfig) -> list[str]:
     """In sentences, for this process's device; only headers of files are read, nothing runs."""
     dtype = choices.compute_dtype(config.model)
-    _, params = describe_model(config)
+    _, params = describe_model(config, choose(config))
     rows = config.train.batch_size // config.train.accumulate * config.data.length
     return backends_of(params, rows, dtype)
 

@@ -22,13 +22,29 @@ HEADS = ("pooler", *dict.fromkeys(OUTPUTS.values()))
 """Modules that a checkpoint of another head lacks."""
 
 
-def loading(config: RunConfig) -> dict[str, Any]:
-    """The arguments of ``jq.load`` and ``describe`` that the config means, but for the seed."""
-    return {
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """``loading`` are the arguments of ``jq.load`` that the config means, but for the seed;
+    ``method`` has the head among its ``modules_to_save``."""
+
+    loading: dict[str, Any]
+    method: MethodConfig
+
+
+def choose(config: RunConfig) -> Chosen:
+    """Which head the config's model gets; the headers of its files say what of it is fresh."""
+    asked, method = head_of(config), config.method
+    fresh = fresh_modules(config.model.source, asked)
+    if asked:
+        whole = dict.fromkeys([*method.modules_to_save, OUTPUTS[asked["task"]], *fresh])
+        method = dataclasses.replace(method, modules_to_save=tuple(whole))
+    loading = {
         "quantize": choices.quantization(config.model.quantize),
         "dtype": choices.compute_dtype(config.model),
-        **with_skip(config.model.source, head_of(config)),
+        "skip": (*SKIP, *fresh),
+        **asked,
     }
+    return Chosen(loading, method)
 
 
 def with_skip(source: str, asked: dict[str, Any]) -> dict[str, Any]:
@@ -53,19 +69,19 @@ def head_for(task: Task, count: int | None) -> dict[str, Any]:
     return {"task": task.head, "num_labels": task.num_labels or count}
 
 
-def describe_model(config: RunConfig) -> tuple[Any, Params]:
+def describe_model(config: RunConfig, chosen: Chosen) -> tuple[Any, Params]:
     """The config's model and the shapes of its parameters, from the headers of its files.
 
     Raises ConfigError for a model whose head is not what the run trains.
     """
-    model, params = describe(config.model.source, **loading(config))
+    model, params = describe(config.model.source, **chosen.loading)
     found: Any = model
     if config.data.task is None and found.task != "causal-lm":
         raise ConfigError(
             f"{config.model.source} has a head for {found.task}, and text is learnt by a causal "
             "language model: name a data.task, or another model.source"
         )
-    return model, params
+    return ready(config, found), params
 
 
 def ready(config: RunConfig, model: Any) -> Any:
@@ -79,21 +95,6 @@ def ready(config: RunConfig, model: Any) -> Any:
                 "implementation; leave it 'auto'"
             )
     return model.clone(**options)
-
-
-def with_head(config: RunConfig) -> MethodConfig:
-    """The config's method, its ``modules_to_save`` with the head that is trained whole."""
-    method, asked = config.method, head_of(config)
-    if not asked:
-        return method
-    whole = dict.fromkeys(
-        [
-            *method.modules_to_save,
-            OUTPUTS[asked["task"]],
-            *fresh_modules(config.model.source, asked),
-        ]
-    )
-    return dataclasses.replace(method, modules_to_save=tuple(whole))
 
 
 def fresh_modules(source: str, asked: dict[str, Any]) -> tuple[str, ...]:

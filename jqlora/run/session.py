@@ -14,7 +14,7 @@ from jqlora.methods import Plan
 from jqlora.run import choices
 from jqlora.run.answers import Answerer, check_answers
 from jqlora.run.data import RunData, read_records_of
-from jqlora.run.head import loading, ready, with_head
+from jqlora.run.head import Chosen, ready
 from jqlora.run.loading import LoadingBar
 from jqlora.run.sizes import plan_run
 from jqlora.run.tasks import outputs_of, read_task
@@ -28,8 +28,9 @@ Say = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """The tokenizer and the encoded records."""
+    """The head and the method, the tokenizer and the encoded records."""
 
+    chosen: Chosen
     tokenizer: Any
     data: RunData
 
@@ -45,7 +46,7 @@ def prepare(config: RunConfig, say: Say) -> Prepared:
     choices.optimizer_of(config, sizes.plan, data.loader.total_steps)  # its schedule may not fit
     for line in (*sizes.lines(), *data.messages):
         say(line)
-    return Prepared(tokenizer, data)
+    return Prepared(sizes.chosen, tokenizer, data)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,14 +66,14 @@ class Session:
 
 def open_session(config: RunConfig, run: RunDirectory, prepared: Prepared, say: Say) -> Session:
     """Load the weights and plan the adapters."""
-    begin = time.perf_counter()
+    chosen, begin = prepared.chosen, time.perf_counter()
     with LoadingBar(config.model.source, say) as bar:
         model, params = load(
-            config.model.source, seed=config.train.seed, progress=bar, **loading(config)
+            config.model.source, seed=config.train.seed, progress=bar, **chosen.loading
         )
     seconds = time.perf_counter() - begin
     model = ready(config, model)
-    planned = plan(model, params, choices.adapter_spec(with_head(config)))
+    planned = plan(model, params, choices.adapter_spec(chosen.method))
     apply = bind(model, planned)
     eval_step = make_eval_step(apply, loss=loss_for(model), outputs=outputs_of(config.data.task))
 

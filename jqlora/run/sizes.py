@@ -16,7 +16,7 @@ from jqlora.quant import footprint
 from jqlora.quant.params import Footprint
 from jqlora.run import choices
 from jqlora.run.data import check_length
-from jqlora.run.head import describe_model, with_head
+from jqlora.run.head import Chosen, choose, describe_model
 from jqlora.train.usage import readable_bytes
 
 
@@ -24,6 +24,7 @@ from jqlora.train.usage import readable_bytes
 class Sizes:
     """The model, the plan, and what base, adapters and optimizer state weigh."""
 
+    chosen: Chosen
     model: Any
     plan: Plan
     budget: Budget | None
@@ -98,9 +99,10 @@ def plan_run(config: RunConfig) -> Sizes:
 
     Raises what ``jq.load`` and ``jq.plan`` raise, and DataError for rows longer than the model.
     """
-    model, params = describe_model(config)
+    chosen = choose(config)
+    model, params = describe_model(config, chosen)
     check_length(config, model)
-    sites = plan(model, params, choices.adapter_spec(with_head(config)))
+    sites = plan(model, params, choices.adapter_spec(chosen.method))
     adapters = jax.eval_shape(lambda base: init(jax.random.key(0), sites, base), params)
     # how many steps the epochs make is not known before the data are read
     steps = config.train.steps or 2**17
@@ -111,6 +113,7 @@ def plan_run(config: RunConfig) -> Sizes:
     state = planned_residence(*planned(tx.init, adapters))
     open = config.train.offload == "auto"
     return Sizes(
+        chosen=chosen,
         model=model,
         plan=sites,
         budget=budget,
