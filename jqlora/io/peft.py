@@ -26,8 +26,9 @@ from safetensors.numpy import save_file
 from jqlora.attach import dense, init, inspect_model, quantized_paths
 from jqlora.errors import AdapterFileError, CheckpointError
 from jqlora.io.atomic import atomic_directory, atomic_write_json
-from jqlora.io.peft_config import CONFIG_FILE, write_config
+from jqlora.io.peft_config import CONFIG_FILE, PREFIX, write_config
 from jqlora.io.peft_spec import read_config, read_spec
+from jqlora.io.peft_ties import refuse_shared, tied_copies, tied_embedding
 from jqlora.io.readers import TensorReader
 from jqlora.io.readers.safetensors import SafetensorsFile
 from jqlora.io.readers.torch_zip import TorchFile
@@ -40,7 +41,6 @@ from jqlora.types import Adapters, Params
 from jqlora.types import Path as TreePath
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-PREFIX = "base_model.model."
 BASE_LAYER = ".base_layer"
 REPLACES = (WEIGHTS_FILE, CONFIG_FILE, "adapter_model.bin", "README.md")
 
@@ -83,13 +83,14 @@ def save_adapter(
     express.
     """
     names = _hf_names(model)
+    refuse_shared(plan, model)
     flat = flatten(adapters)
     entries = _entries(plan, names)
     tensors: dict[str, np.ndarray] = {}
     for entry in entries:
         part = np.asarray(flat[entry.path], np.float32)[entry.place()]
         tensors[entry.name] = np.ascontiguousarray(part.T if entry.transpose else part)
-    tied = _tied_embedding(plan, model)
+    tied = tied_embedding(plan, model)
     if tied is not None:
         head = next(entry.name for entry in entries if entry.path == (FULL, *tied))
         tensors[f"{PREFIX}{OUTPUT_HEAD}.weight"] = tensors[head].copy()
@@ -124,9 +125,10 @@ def load_adapter(
     survey = inspect_model(model, params)
     spec = _spec(config, survey, model, reader)
     plan = assemble((spec,), survey, quantized_paths(params))
+    refuse_shared(plan, model)
     bases = {n: n.replace(BASE_LAYER, "") for n in reader.names() if f"{BASE_LAYER}." in n}
     entries = _entries(plan, names)
-    given = set(reader.names()) - set(bases) - _tied_copies(config, plan, model, reader)
+    given = set(reader.names()) - set(bases) - tied_copies(config, plan, model, reader)
     _check(entries, given, reader)
     sizes = _leaf_shapes(plan)
     flat = {entry.path: np.zeros(sizes[entry.path], np.float32) for entry in entries}
@@ -245,42 +247,8 @@ def _spec(
     return read_spec({**config, "modules_to_save": saved}, sites, sorted(parents))
 
 
-def _tied_embedding(plan: Plan, model: nn.Module) -> TreePath | None:
-    """Path of the embedding that the plan trains whole and the model also uses as its head."""
-    task = _task(model)
-    if task not in ("causal-lm", "masked-lm") or not _config(model).tie_word_embeddings:
-        return None
-    found = next((leaf.path for leaf in plan.full if leaf.path[-1] == "embedding"), None)
-    if found is not None and task == "masked-lm":
-        raise AdapterFileError(
-            f"{'.'.join(found[:-1])} is trained whole, but a masked-LM head shares it, for which "
-            "PEFT's files have no place"
-        )
-    return found
-
-
 def _task(model: Any) -> str:
     return model.task
-
-
-def _config(model: Any) -> Any:
-    return model.config
-
-
-def _tied_copies(
-    config: Mapping[str, Any], plan: Plan, model: nn.Module, reader: TensorReader
-) -> set[str]:
-    """The head's copy of a tied embedding, which says nothing of its own; it must be equal."""
-    head = f"{PREFIX}{OUTPUT_HEAD}.weight"
-    tied = _tied_embedding(plan, model)
-    if tied is None or head not in reader.names():
-        return set()
-    embedding = f"{PREFIX}{'.'.join(tied[:-1])}.weight"
-    if embedding in reader.names() and not np.array_equal(
-        reader.read(head), reader.read(embedding)
-    ):
-        raise AdapterFileError(f"{reader.where(head)}: {head} differs from {embedding}, its tie")
-    return {head}
 
 
 def _check(entries: list[Entry], given: set[str], reader: TensorReader) -> None:

@@ -12,6 +12,8 @@ from jqlora.methods.lora import ranks, scales
 from jqlora.methods.targeting import matches
 
 CONFIG_FILE = "adapter_config.json"
+PREFIX = "base_model.model."
+"""In front of every name in PEFT's files."""
 TASK_TYPES = {
     "causal-lm": "CAUSAL_LM",
     "seq2seq-lm": "SEQ_2_SEQ_LM",

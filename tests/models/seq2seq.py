@@ -14,8 +14,8 @@ T5 = {
     "model_type": "t5",
     "vocab_size": 67,
     "d_model": 32,
-    "d_kv": 12,  # heads together are wider than the stream
-    "d_ff": 48,
+    "d_kv": 16,  # heads together are wider than the stream
+    "d_ff": 64,
     "num_layers": 2,
     "num_heads": 4,
     "decoder_start_token_id": 0,
@@ -28,8 +28,8 @@ BART = {
     "decoder_layers": 2,
     "encoder_attention_heads": 2,
     "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 40,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 96,
     "max_position_embeddings": 40,
 }
 ROWS: dict[str, dict[str, Any]] = {
@@ -51,10 +51,10 @@ ROWS: dict[str, dict[str, Any]] = {
 
 
 @functools.cache
-def checkpoint(name: str) -> Checkpoint:
+def checkpoint(name: str, **extra: Any) -> Checkpoint:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    config = transformers.AutoConfig.for_model(**ROWS[name])
+    config = transformers.AutoConfig.for_model(**ROWS[name] | extra)
     auto = transformers.AutoModelForSeq2SeqLM
     hf = auto.from_config(config, attn_implementation="eager").eval()
     untied = ROWS[name].get("tie_word_embeddings") is False

@@ -24,7 +24,7 @@ from jqlora.quant import NF4, QTensor, quantize_params
 from jqlora.quant.params import SKIP
 from jqlora.train import loss_for
 from jqlora.tree import flatten, unflatten
-from tests.models import encoders, variants
+from tests.models import encoders, seq2seq, variants
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
@@ -78,12 +78,31 @@ def encoder(base: str, task: str, kind: str | None, **options: Any) -> Row:
     inputs = [encoders.batch(made, rows=6, length=9, seed=seed) for seed in range(3)]
     batches = [batch | encoders.targets(made, batch) for batch in inputs]
     options = {"task_type": kind, "target_modules": "all-linear", **options}
+    return Row(lambda: copy.deepcopy(hf), model, params, options, batches, task_loss(model))
+
+
+def encoder_decoder(name: str, targets: Any = "all-linear") -> Row:
+    """A row of :mod:`tests.models.seq2seq`, whose decoder has the labels one place later."""
+    made = seq2seq.checkpoint(name)
+    hf, model = calmed(made)
+    params = variants.params_from(hf.state_dict(), model)
+    batches = []
+    for seed in range(3):
+        batch = seq2seq.batch(rows=2, length=9, targets=7, seed=seed)
+        shifted = seq2seq.decoder_inputs(model.config, batch["labels"])
+        batches.append(batch | {"decoder_input_ids": shifted})
+    options = {"task_type": "SEQ_2_SEQ_LM", "target_modules": targets}
+    return Row(lambda: copy.deepcopy(hf), model, params, options, batches, task_loss(model))
+
+
+def task_loss(model: Any) -> Callable[[Any, dict[str, jax.Array]], jax.Array]:
+    """The loss of a task, of an output that is there already."""
 
     def loss(output: Any, batch: dict[str, jax.Array]) -> jax.Array:
         total, count = loss_for(model)(lambda *_, **__: output, {}, batch, None)
         return total / count
 
-    return Row(lambda: copy.deepcopy(hf), model, params, options, batches, loss)
+    return loss
 
 
 def calmed(checkpoint: Any) -> tuple[Any, Any]:
@@ -130,6 +149,10 @@ ROWS: dict[str, Callable[[], Row]] = {
     "deberta v3": lambda: encoder(
         "deberta_v3", encoders.TOKENS, "TOKEN_CLS", target_modules=["query_proj", "key_proj"]
     ),
+    "flan t5": lambda: encoder_decoder(
+        "t5_gated_untied", ["q", "k", "v", "o", "wi_0", "wi_1", "wo", "relative_attention_bias"]
+    ),
+    "bart": lambda: encoder_decoder("bart"),
 }
 
 
