@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jqlora.attach import dense, override
 from jqlora.errors import MergeError
 from jqlora.methods import FULL, Placement, Plan, method_of
-from jqlora.quant import QTensor, quantize, with_layout
+from jqlora.quant import GroupInt, QTensor, quantize, with_layout
 from jqlora.tree import flatten, unflatten
 from jqlora.types import Adapters, Params
 
@@ -73,7 +73,8 @@ def _added(matrix: jax.Array, added: jax.Array) -> jax.Array:
 def requantize(merged: Params, like: Params) -> tuple[dict[str, Any], dict[str, float]]:
     """``merged`` with the leaves that ``like`` holds quantized put back on the same grid.
 
-    Also returns what that cost: for each such module ‖W - Q(W)‖ / ‖W‖ (Frobenius, fp32).
+    Also returns what that cost: for each such module ‖W - Q(W)‖ / ‖W‖ (Frobenius, fp32). Raises
+    :class:`MergeError` for codes that come out of a calibration (GPTQ, AWQ).
     """
     originals = flatten(like)
     flat: dict[tuple[str, ...], Any] = {}
@@ -83,6 +84,11 @@ def requantize(merged: Params, like: Params) -> tuple[dict[str, Any], dict[str, 
         if not isinstance(original, QTensor):
             flat[path] = leaf
             continue
+        if isinstance(original.spec, GroupInt):
+            raise MergeError(
+                f"{'.'.join(path)} of {original.spec.format} was quantized by a calibration, which "
+                "is not done here: keep the merged matrix dense, or quantize it anew"
+            )
         stored = quantize(leaf, original.spec, dtype=original.dtype)
         flat[path] = with_layout(stored, original.layout)
         errors[".".join(path[:-1])] = float(_relative_error(leaf, flat[path]))

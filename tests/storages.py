@@ -3,6 +3,8 @@
 A new kind is a row of ``STORAGES``; the relations that all must meet go through the table.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -37,7 +39,7 @@ def stored(kernel, spec, seed=0):
     *lead, inputs, outputs = kernel.shape
     matrices = np.asarray(kernel, np.float32).reshape(-1, inputs, outputs)
     parts = [rounded(matrix.T, spec, seed + i) for i, matrix in enumerate(matrices)]
-    leaves = {
+    leaves: dict[str, Any] = {
         name: None
         if parts[0][name] is None
         else jnp.asarray(np.stack([p[name] for p in parts]).reshape(*lead, *parts[0][name].shape))

@@ -12,8 +12,7 @@ For a module ``m`` the files hold (functional.py, ``QuantState.as_dict(packed=Tr
 
 import json
 import math
-from collections.abc import Set
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence, Set
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,33 +20,16 @@ import numpy as np
 
 from jqlora.errors import CheckpointError, ConfigError
 from jqlora.io.readers import TensorInfo, TensorReader
-from jqlora.quant import NestedScales, QTensor, Storage, dynamic_map, leaf_shapes
+from jqlora.io.stored import Format, Settings, Stored
+from jqlora.quant import FP4, NF4, NestedScales, QTensor, Storage, dynamic_map, leaf_shapes
 from jqlora.quant.layout import with_layout
-from jqlora.quant.schemes import SCHEMES
 from jqlora.quant.spec import FourBit
 from jqlora_kernels.layouts import BITSANDBYTES
 
 _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _GROUP = 256  # scales under one second-level absmax, in QTensor and in what bitsandbytes writes
-FOUR_BIT = tuple(name for name, row in SCHEMES.items() if issubclass(row, FourBit))
+_KINDS: dict[str, type[FourBit]] = {kind.scheme: kind for kind in (NF4, FP4)}
 _DTYPES = ("float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class StoredQuant:
-    """How one weight is quantized in a file, and with which spec it is held in memory.
-
-    ``spec.double_quant`` is False for a second level (``nested``) of another map or group size than
-    ``QTensor`` has: its scales are then decoded to fp32, exactly.
-    """
-
-    name: str
-    spec: Storage
-    matrix_shape: tuple[int, int]
-    dtype: str
-    nested: bool
-    offset: float
-    group: int
 
 
 def state_name(name: str, scheme: str) -> str:
@@ -55,95 +37,109 @@ def state_name(name: str, scheme: str) -> str:
     return f"{name}.quant_state.bitsandbytes__{scheme}"
 
 
-def part_names(name: str) -> list[str]:
-    """Every name, beside its own, under which parts of the weight ``name`` may be stored."""
-    return [*(f"{name}.{part}" for part in _PARTS), *(state_name(name, s) for s in FOUR_BIT)]
-
-
-def find_stored(reader: TensorReader, name: str, present: Set[str]) -> StoredQuant | None:
-    """How the weight ``name`` is quantized, or None if it is a plain tensor; reads no codes.
-
-    ``present`` are the reader's names. Raises CheckpointError naming file and tensor if the parts
-    are incomplete or disagree.
-    """
-    keys = [key for s in FOUR_BIT if (key := state_name(name, s)) in present]
+def find(reader: TensorReader, name: str, present: Set[str], settings: Settings) -> Stored | None:
+    """See ``Format``."""
+    keys = [key for s in _KINDS if (key := state_name(name, s)) in present]
     if not keys:
         return None
     where = f"{reader.where(name)}: quantized tensor {name!r}"
     nested = f"{name}.nested_absmax" in present
-    needed = _PARTS if nested else _PARTS[:2]
-    missing = [f"{name}.{part}" for part in needed if f"{name}.{part}" not in present]
+    needed = (name, *(f"{name}.{part}" for part in (_PARTS if nested else _PARTS[:2])))
+    missing = [part for part in needed if part not in present]
     if len(keys) > 1 or missing:
         raise CheckpointError(f"{where}: {f'lacks {missing[0]!r}' if missing else 'two states'}")
     try:
         state: dict[str, Any] = json.loads(reader.read(keys[0]).tobytes())
-        scheme = SCHEMES[state["quant_type"]]
+        scheme = _KINDS[state["quant_type"]]
         outputs, inputs = map(int, state["shape"])
-        block, dtype = int(state["blocksize"]), _DTYPES[_DTYPES.index(state["dtype"])]
+        options = {"block": int(state["blocksize"]), "storage": reader.info(name).dtype.name}
+        dtype = _DTYPES[_DTYPES.index(state["dtype"])]
         offset = float(state["nested_offset"]) if nested else 0.0
         group = int(state["nested_blocksize"]) if nested else _GROUP
-        spec = scheme(block=block)
+        spec = scheme(**options)
     except (KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
         reason = error if isinstance(error, ConfigError) else repr(error)
         raise CheckpointError(f"{where}: cannot use its quantization state: {reason}") from error
     if not _same(reader.read(f"{name}.quant_map"), spec.codebook):
-        raise CheckpointError(f"{where}: its codes mean other values than {scheme.scheme}'s")
+        raise CheckpointError(f"{where}: its codes mean other values than {spec.scheme}'s")
     ours = group == _GROUP and nested
     if ours and _same(reader.read(f"{name}.nested_quant_map"), dynamic_map()):
-        spec = scheme(block=block, double_quant=True)
-    stored = StoredQuant(name, spec, (inputs, outputs), dtype, nested, offset, group)
-    _check_sizes(reader, stored, where)
-    return stored
+        spec = scheme(**options, double_quant=True)
+    remark = ""
+    if nested and not spec.double_quant:
+        remark = "second-level scales of another code, kept as fp32"
+    shape = (inputs, outputs)
+    _check_sizes(reader, name, spec, shape, group if nested else None, where)
+    return Stored(
+        spec,
+        shape,
+        dtype,
+        (*needed, keys[0]),
+        lambda: _read(reader, name, spec, shape, dtype, offset if nested else None, group),
+        remark,
+    )
 
 
-def read_qtensor(reader: TensorReader, stored: StoredQuant) -> QTensor:
-    """The weight as a ``QTensor`` of host arrays, with the stored codes and scales."""
-    name, spec = stored.name, stored.spec
+def _read(
+    reader: TensorReader,
+    name: str,
+    spec: Storage,
+    shape: tuple[int, int],
+    dtype: str,
+    offset: float | None,
+    group: int,
+) -> QTensor:
+    """The weight with the stored codes and scales.
+
+    A second level (``offset``) of another map or group size than ``QTensor`` has, of which
+    ``spec`` says nothing, is decoded to fp32, exactly.
+    """
     codes = reader.read(name).reshape(-1).view(np.uint8)
     scales = reader.read(f"{name}.absmax")
     nested = None
-    if stored.nested:
-        absmax, offset = reader.read(f"{name}.nested_absmax"), np.float32(stored.offset)
+    if offset is not None:
+        absmax, mean = reader.read(f"{name}.nested_absmax"), np.float32(offset)
         if spec.double_quant:
-            nested = NestedScales(jnp.asarray(absmax), jnp.asarray(offset))
+            nested = NestedScales(jnp.asarray(absmax), jnp.asarray(mean))
         else:
             table = reader.read(f"{name}.nested_quant_map")
-            groups = np.arange(scales.size) // stored.group
-            scales = table[scales] * absmax[groups] + offset
-    shapes = leaf_shapes(stored.matrix_shape, spec)
+            scales = table[scales] * absmax[np.arange(scales.size) // group] + mean
+    shapes = leaf_shapes(shape, spec)
     return QTensor(
         jnp.asarray(codes.reshape(shapes["codes"])),
         jnp.asarray(scales.reshape(shapes["scales"])),
         nested,
         spec=spec,
-        matrix_shape=stored.matrix_shape,
-        dtype=np.dtype(stored.dtype),
+        matrix_shape=shape,
+        dtype=np.dtype(dtype),
     )
 
 
-def file_infos(name: str, matrix_shape: tuple[int, int], spec: Storage) -> dict[str, TensorInfo]:
-    """Shapes and dtypes in the file of all parts of a weight, but its state's JSON."""
+def infos(name: str, spec: Storage, matrix_shape: tuple[int, int]) -> dict[str, TensorInfo]:
+    """See ``Format``; raises CheckpointError where codes cannot be viewed as the storage type."""
+    assert isinstance(spec, FourBit)
     count = math.prod(matrix_shape)
-    blocks = -(-count // spec.block_in(matrix_shape[0]))
+    blocks = -(-count // spec.block)
     byte, float32 = np.dtype(np.uint8), np.dtype(np.float32)
-    infos = {
-        name: TensorInfo((-(-count // 2), 1), byte),
+    view = np.dtype(jnp.dtype(spec.storage))
+    packed = -(-count // 2)
+    if packed % view.itemsize:
+        raise CheckpointError(f"{name!r}: {packed} bytes of codes cannot be viewed as {view}")
+    found = {
+        name: TensorInfo((packed // view.itemsize, 1), view),
         f"{name}.absmax": TensorInfo((blocks,), byte if spec.double_quant else float32),
         f"{name}.quant_map": TensorInfo((16,), float32),
     }
     if spec.double_quant:
-        infos[f"{name}.nested_absmax"] = TensorInfo((-(-blocks // _GROUP),), float32)
-        infos[f"{name}.nested_quant_map"] = TensorInfo((256,), float32)
-    return infos
+        found[f"{name}.nested_absmax"] = TensorInfo((-(-blocks // _GROUP),), float32)
+        found[f"{name}.nested_quant_map"] = TensorInfo((256,), float32)
+    return found
 
 
 def encode(name: str, q: QTensor) -> dict[str, np.ndarray]:
-    """All parts of one matrix (no lead axes) under their names in the file.
-
-    Files know bitsandbytes' layout alone: another one is undone.
-    """
+    """See ``Format``. Files know bitsandbytes' layout alone: another one is undone."""
     q = with_layout(q, BITSANDBYTES)
-    infos = file_infos(name, q.matrix_shape, q.spec)
+    asked = infos(name, q.spec, q.matrix_shape)
     inputs, outputs = q.matrix_shape
     state: dict[str, Any] = {
         "quant_type": q.scheme,
@@ -151,37 +147,81 @@ def encode(name: str, q: QTensor) -> dict[str, np.ndarray]:
         "dtype": np.dtype(q.dtype).name,
         "shape": [outputs, inputs],
     }
-    arrays = {name: q.codes, f"{name}.absmax": q.scales, f"{name}.quant_map": q.codebook}
+    codes = np.ascontiguousarray(q.codes).reshape(-1).view(asked[name].dtype)
+    arrays = {name: codes, f"{name}.absmax": q.scales, f"{name}.quant_map": q.codebook}
     if q.nested is not None:
         arrays[f"{name}.nested_absmax"] = q.nested.absmax
         arrays[f"{name}.nested_quant_map"] = dynamic_map()
         offset = float(q.nested.offset)
         state |= {"nested_blocksize": _GROUP, "nested_dtype": "float32", "nested_offset": offset}
-    parts = {key: np.asarray(array).reshape(infos[key].shape) for key, array in arrays.items()}
+    parts = {key: np.asarray(array).reshape(asked[key].shape) for key, array in arrays.items()}
     parts[state_name(name, q.scheme)] = np.frombuffer(json.dumps(state).encode(), np.uint8)
     return parts
+
+
+def config(
+    specs: Collection[Storage], weights: Collection[str], kept: Sequence[str], dtype: str
+) -> dict[str, Any]:
+    """See ``Format``; raises CheckpointError if ``specs`` differ in more than their block."""
+    kinds = {
+        (spec.scheme, spec.double_quant, spec.storage)
+        for spec in specs
+        if isinstance(spec, FourBit)
+    }
+    if len(kinds) > 1:
+        raise CheckpointError(f"weights of several kinds, {sorted(kinds)}, cannot share a config")
+    scheme, double_quant, storage = kinds.pop()
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": scheme,
+        "bnb_4bit_use_double_quant": double_quant,
+        "bnb_4bit_compute_dtype": dtype,
+        "bnb_4bit_quant_storage": storage,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_threshold": 6.0,
+        # lm_head is named even where it is tied, and so no tensor of the file
+        "llm_int8_skip_modules": list(dict.fromkeys([*kept, "lm_head"])),
+    }
 
 
 def _same(stored: np.ndarray, table: np.ndarray) -> bool:
     return stored.dtype == table.dtype and np.array_equal(stored.reshape(-1), table)
 
 
-def _check_sizes(reader: TensorReader, stored: StoredQuant, where: str) -> None:
-    """Codes may be viewed as any storage type, so bytes are compared; the other parts by dtype."""
-    blocks = -(-math.prod(stored.matrix_shape) // stored.spec.block_in(0))
-    asked = file_infos(stored.name, stored.matrix_shape, stored.spec)
-    asked[f"{stored.name}.absmax"] = TensorInfo(
-        (blocks,), np.dtype("u1" if stored.nested else "f4")
-    )
-    if stored.nested:
-        groups = -(-blocks // stored.group)
-        asked[f"{stored.name}.nested_absmax"] = TensorInfo((groups,), np.dtype(np.float32))
-    for key, (shape, dtype) in asked.items():
+def _check_sizes(
+    reader: TensorReader,
+    name: str,
+    spec: FourBit,
+    shape: tuple[int, int],
+    group: int | None,
+    where: str,
+) -> None:
+    """``group``: the scales under each of a second level, if there is one."""
+    blocks = -(-math.prod(shape) // spec.block)
+    try:
+        asked = infos(name, spec, shape)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    byte, float32 = np.dtype(np.uint8), np.dtype(np.float32)
+    asked[f"{name}.absmax"] = TensorInfo((blocks,), float32 if group is None else byte)
+    if group is not None:
+        asked[f"{name}.nested_absmax"] = TensorInfo((-(-blocks // group),), float32)
+    for key, (expected, dtype) in asked.items():
         found = reader.info(key)
-        size = math.prod(found.shape) * found.dtype.itemsize
-        right = key == stored.name or found.dtype == dtype
-        if size != math.prod(shape) * dtype.itemsize or not right:
+        if math.prod(found.shape) != math.prod(expected) or found.dtype != dtype:
             raise CheckpointError(
-                f"{where}: {key!r} is {found.dtype} {list(found.shape)}, expected {list(shape)}"
-                f" of {dtype} for a weight {list(reversed(stored.matrix_shape))}"
+                f"{where}: {key!r} is {found.dtype} {list(found.shape)}, expected {list(expected)}"
+                f" of {dtype} for a weight {list(reversed(shape))}"
             )
+
+
+FORMAT = Format(
+    find=find,
+    infos=infos,
+    encode=encode,
+    config=config,
+    texts=lambda name, spec: (state_name(name, spec.scheme),),
+)

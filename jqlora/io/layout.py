@@ -10,11 +10,12 @@ import numpy as np
 from flax import linen as nn
 
 from jqlora import models, tree
-from jqlora.errors import CheckpointError, ConfigError
-from jqlora.io import bnb
+from jqlora.errors import CheckpointError
+from jqlora.io import formats, grouped
 from jqlora.io.checkpoint import Checkpoint
 from jqlora.io.readers import TensorReader
 from jqlora.io.readers.renamed import Renamed
+from jqlora.io.stored import Stored
 from jqlora.models import HFName
 from jqlora.quant import BlockQuant, empty, quantize_params
 from jqlora.quant.params import SKIP
@@ -35,7 +36,7 @@ class Layout:
     reader: TensorReader
     tensors: tuple[HFName, ...]
     fresh: tuple[HFName, ...]
-    stored: Mapping[str, bnb.StoredQuant]
+    stored: Mapping[str, Stored]
     leaves: Mapping[Path, Any]
 
 
@@ -63,22 +64,24 @@ def lay_out(
     checkpoint's is passed over. Raises CheckpointError naming file and tensor if one is missing,
     extra or misshapen, and ConfigError for ``quantize`` of a checkpoint that is quantized already.
     """
-    check_quantization_config(checkpoint, quantize)
+    settings = formats.settings_of(checkpoint, quantize)
     every = tuple(checkpoint.family.hf_names(model))
     reader = _present_names(checkpoint, {item.hf for item in every})
     present = set(reader.names())
     dense = tree.flatten(models.abstract_params(model))
-    stored: dict[str, bnb.StoredQuant] = {}
+    stored: dict[str, Stored] = {}
     tensors, fresh = [], []
     for item in every:
         replaceable = checkpoint.other_head and checkpoint.family.naming.of_head(item.hf)
-        if item.hf not in present:
+        found = None
+        if item.path[-1] == "kernel":
+            found = formats.find_stored(reader, item.hf, present, settings)
+        if found is None and item.hf not in present:
             if not replaceable:
                 unexpected = present - {other.hf for other in every}
                 raise _missing(checkpoint, item.hf, unexpected)
             fresh.append(item)
             continue
-        found = bnb.find_stored(reader, item.hf, present) if item.path[-1] == "kernel" else None
         expected = _file_shape(item, dense[item.path].shape)
         if found is None:
             shape = reader.info(item.hf).shape
@@ -101,29 +104,10 @@ def lay_out(
     return Layout(reader, tuple(tensors), tuple(fresh), stored, leaves)
 
 
-def check_quantization_config(checkpoint: Checkpoint, quantize: BlockQuant | None) -> None:
-    """Accept bitsandbytes' 4-bit and nothing else; never on top of another quantization."""
-    config = checkpoint.config.get("quantization_config")
-    if not config:
-        return
-    method = config.get("quant_method", "bitsandbytes" if "load_in_4bit" in config else None)
-    label = checkpoint.source.label
-    if method != "bitsandbytes" or config.get("load_in_8bit"):
-        what = "bitsandbytes 8-bit" if method == "bitsandbytes" else repr(method)
-        raise CheckpointError(
-            f"{label} is quantized by {what}; bitsandbytes 4-bit (nf4, fp4) can be loaded"
-        )
-    if quantize is not None:
-        raise ConfigError(
-            f"{label} is already quantized ({config.get('bnb_4bit_quant_type', '4-bit')}): "
-            f"load it without quantize={quantize}"
-        )
-
-
 def _stored_leaves(
-    tensors: tuple[HFName, ...], stored: Mapping[str, bnb.StoredQuant], dense: Mapping[Path, Any]
+    tensors: tuple[HFName, ...], stored: Mapping[str, Stored], dense: Mapping[Path, Any]
 ) -> dict[Path, Any]:
-    by_path: dict[Path, list[bnb.StoredQuant | None]] = {}
+    by_path: dict[Path, list[Stored | None]] = {}
     for item in tensors:
         by_path.setdefault(item.path, []).append(stored.get(item.hf))
     leaves: dict[Path, Any] = {}
@@ -137,8 +121,8 @@ def _stored_leaves(
             )
         if first is None:
             continue
-        if first.nested and not first.spec.double_quant:
-            logger.info("%s: second-level scales of another code, kept as fp32", ".".join(path))
+        if first.remark:
+            logger.info("%s: %s", ".".join(path), first.remark)
         lead = dense[path].shape[:-2]
         spec, dtype, shape = first.spec, np.dtype(first.dtype), first.matrix_shape
         leaves[path] = jax.eval_shape(lambda s=spec, d=dtype, m=shape, n=lead: empty(m, n, s, d))
@@ -194,14 +178,16 @@ def _check_extra(
     checkpoint: Checkpoint,
     reader: TensorReader,
     expected: set[str],
-    stored: Mapping[str, bnb.StoredQuant],
+    stored: Mapping[str, Stored],
 ) -> None:
     naming = checkpoint.family.naming
-    known = expected | {part for name in stored for part in bnb.part_names(name)}
-    for name in reader.names():
+    known = expected | {part for one in stored.values() for part in one.parts}
+    names = reader.names()
+    for name in names:
         unused = checkpoint.other_head and naming.of_head(name)
         # published masked-LM files keep the pooler that their head does not use
         unused |= naming.is_optional(name) or naming.is_ignored(name)
+        unused |= name not in known and grouped.is_unused_bias(reader, name, set(names))
         if not (name in known or unused):
             raise CheckpointError(
                 f"{reader.where(name)}: tensor {name!r} has no place in a "

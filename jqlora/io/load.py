@@ -16,7 +16,6 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from jqlora import tree
-from jqlora.io import bnb
 from jqlora.io.checkpoint import open_checkpoint
 from jqlora.io.layout import Layout, lay_out
 from jqlora.io.place import Converter, convert, fill, read_float
@@ -49,8 +48,9 @@ def load(
     ``source`` is a hub id, a Hugging Face directory, a ``.gguf`` file or ``package:NAME`` (see
     ``jqlora.io.source``). ``quantize=NF4(...)`` or ``FP4(...)`` stores the kernels of all dense
     layers as ``QTensor``, except those with a part of their path in ``skip`` (the output head);
-    a weight is first rounded to ``dtype``, as transformers does. A bitsandbytes 4-bit checkpoint is
-    loaded with its own codes, without ``quantize``.
+    a weight is first rounded to ``dtype``, as transformers does. A checkpoint that is quantized
+    already (bitsandbytes 4-bit and 8-bit, GPTQ, AWQ) is loaded with its own codes, without
+    ``quantize``.
 
     ``dtype`` (float32, bfloat16, float16) is that of all other parameters and of the computation.
     None takes the checkpoint's own, and float32 for a block-quantized GGUF, which decodes it
@@ -135,7 +135,7 @@ def _place(layout: Layout, item: HFName, dtype: str, leaf: Any) -> Any:
     shape = layout.leaves[item.path]
     stored = layout.stored.get(item.hf)
     if stored is not None:
-        value: Any = bnb.read_qtensor(layout.reader, stored)
+        value: Any = stored.read()
         how = None
     else:
         value = read_float(layout.reader, item.hf, dtype)

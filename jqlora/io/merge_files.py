@@ -15,7 +15,6 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jqlora.errors import ConfigError
-from jqlora.io import bnb
 from jqlora.io.atomic import atomic_directory, atomic_write_json
 from jqlora.io.checkpoint import open_checkpoint
 from jqlora.io.layout import Layout, lay_out
@@ -89,8 +88,9 @@ class _Weights:
 
     def group(self, item: HFName) -> Group:
         stored = self._stored.get(item.hf)
-        shape = self._reader.info(item.hf).shape
-        if stored is not None:
+        if stored is None:
+            shape = self._reader.info(item.hf).shape
+        else:
             shape = stored.matrix_shape[::-1] if item.transpose else stored.matrix_shape
         return Group(
             {item.hf: TensorInfo(tuple(shape), self._dtype)}, lambda: {item.hf: self._merged(item)}
@@ -112,7 +112,7 @@ class _Weights:
             array = np.asarray(leaf if item.index is None else leaf[item.index])
             array = array.T if item.transpose else array
         elif (stored := self._stored.get(item.hf)) is not None:
-            codes = bnb.read_qtensor(self._reader, stored)
+            codes = stored.read()
             array = np.asarray(codes.dequantize_rows() if item.transpose else codes.dequantize())
         else:
             array = read_float(self._reader, item.hf)

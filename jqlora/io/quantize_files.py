@@ -13,16 +13,12 @@ from jax.typing import DTypeLike
 from jqlora.errors import ConfigError
 from jqlora.io.atomic import atomic_directory, atomic_write_json
 from jqlora.io.checkpoint import Checkpoint, open_checkpoint
+from jqlora.io.formats import quantization_config
 from jqlora.io.layout import lay_out
 from jqlora.io.load import Progress
 from jqlora.io.place import Converter, convert, read_float
 from jqlora.io.readers import TensorInfo, TensorReader
-from jqlora.io.save import (
-    MAX_SHARD_BYTES,
-    generation_config,
-    quantization_config,
-    quantized_group,
-)
+from jqlora.io.save import MAX_SHARD_BYTES, generation_config, quantized_group
 from jqlora.io.shards import Group, write_weights
 from jqlora.io.source import Source, resolve
 from jqlora.io.tokenizer import load_tokenizer
@@ -86,8 +82,7 @@ def _group(reader: TensorReader, item: HFName, leaf: Any, dtype: str) -> Group:
         how = Converter(dtype, item.transpose, leaf.spec)
         return quantized_group(
             item.hf,
-            leaf.spec,
-            leaf.matrix_shape,
+            leaf,
             lambda: convert(read_float(reader, item.hf), how),
         )
     info = TensorInfo(reader.info(item.hf).shape, np.dtype(jnp.dtype(dtype)))

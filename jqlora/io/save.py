@@ -1,13 +1,14 @@
 """Models written as Hugging Face directories that transformers (and bitsandbytes) load.
 
-Dense leaves are written as they are; ``QTensor`` leaves in bitsandbytes' 4-bit layout with their
-exact bytes. A save happens wholly or not at all (``jqlora.io.atomic``).
+Dense leaves are written as they are; ``QTensor`` leaves in the format of their storage (that of
+bitsandbytes, or the one they were loaded from) with their exact bytes. A save happens wholly or not
+at all (``jqlora.io.atomic``).
 """
 
 import collections
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -16,15 +17,15 @@ from flax import linen as nn
 
 from jqlora import models, tree
 from jqlora.errors import CheckpointError
-from jqlora.io import bnb
 from jqlora.io.atomic import atomic_directory, atomic_write_json
 from jqlora.io.checkpoint import DECODING
+from jqlora.io.formats import format_of, quantization_config
 from jqlora.io.load import Progress
 from jqlora.io.readers import TensorInfo
 from jqlora.io.shards import Group, write_weights
 from jqlora.models import HFName, family_for
 from jqlora.models.tasks import GENERATING
-from jqlora.quant import QTensor, Storage
+from jqlora.quant import QTensor
 from jqlora.types import Params, Path
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def save_pretrained(
 
     Safetensors (sharded with an index above ``max_shard_bytes``), config.json, generation config,
     and the tokenizer's files if one is given. Leaves keep their dtype; ``QTensor`` leaves become
-    bitsandbytes 4-bit tensors with a ``quantization_config``. A model that was loaded and saved has
+    tensors of their format with a ``quantization_config``. A model that was loaded and saved has
     bit-identical tensors.
 
     Raises CheckpointError if ``params`` are not those of ``model``, and SaveError if ``path``
@@ -72,56 +73,20 @@ def save_pretrained(
             tokenizer.save_pretrained(folder)
 
 
-def quantization_config(
-    specs: Mapping[str, Storage], names: Iterable[HFName], compute_dtype: str
-) -> dict[str, Any]:
-    """What transformers needs to know of the quantized weights ``specs``, by name.
-
-    Raises CheckpointError if they are of several kinds, which one config cannot say, or of one that
-    bitsandbytes' files have no place for.
-    """
-    kinds = {(spec.scheme, spec.double_quant) for spec in specs.values()}
-    if len(kinds) > 1:
-        raise CheckpointError(f"weights of several kinds, {sorted(kinds)}, cannot share a config")
-    scheme, double_quant = kinds.pop()
-    if scheme not in bnb.FOUR_BIT:
-        raise CheckpointError(
-            f"{scheme} weights are kept in memory alone: files hold "
-            f"{' or '.join(bnb.FOUR_BIT)}, or dense weights (quantize after loading them)"
-        )
-    kept = [
-        item.hf.removesuffix(".weight")
-        for item in names
-        if item.path[-1] == "kernel" and item.hf not in specs
-    ]
-    return {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "bnb_4bit_quant_type": scheme,
-        "bnb_4bit_use_double_quant": double_quant,
-        "bnb_4bit_compute_dtype": compute_dtype,
-        "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_enable_fp32_cpu_offload": False,
-        "llm_int8_has_fp16_weight": False,
-        "llm_int8_threshold": 6.0,
-        # lm_head is named even where it is tied, and so no tensor of the file
-        "llm_int8_skip_modules": list(dict.fromkeys([*kept, "lm_head"])),
-    }
-
-
 def generation_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of config.json that generation reads."""
     keys = ("bos_token_id", "eos_token_id", "pad_token_id", *DECODING)
     return {"_from_model_config": True} | {key: config[key] for key in keys if key in config}
 
 
-def quantized_group(name: str, spec: Storage, shape: tuple[int, int], load: Any) -> Group:
-    """The file's tensors for one quantized weight; ``load()`` gives its ``QTensor``."""
+def quantized_group(name: str, like: QTensor, load: Callable[[], QTensor]) -> Group:
+    """The file's tensors for one quantized weight; ``load()`` gives its ``QTensor``, ``like`` has
+    its spec and shape, and may be abstract or a stack of such."""
+    form = format_of(like.spec)
     return Group(
-        infos=bnb.file_infos(name, shape, spec),
-        load=lambda: bnb.encode(name, jax.device_get(load())),
-        texts=(bnb.state_name(name, spec.scheme),),
+        infos=form.infos(name, like.spec, like.matrix_shape),
+        load=lambda: form.encode(name, jax.device_get(load())),
+        texts=form.texts(name, like.spec),
     )
 
 
@@ -133,7 +98,7 @@ def _group(item: HFName, leaf: Any) -> Group:
         return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), leaf)
 
     if isinstance(leaf, QTensor):
-        return quantized_group(item.hf, leaf.spec, leaf.matrix_shape, part)
+        return quantized_group(item.hf, leaf, part)
     shape = leaf.shape if item.index is None else leaf.shape[1:]
 
     def load() -> dict[str, np.ndarray]:

@@ -154,10 +154,28 @@ MISFITS = {
     "unknown architecture": (spoil(model_type="mamba"), r"config\.json.*mamba.*known: llama"),
     "other task": (spoil(architectures=["LlamaForSequenceClassification"]), "SequenceClass"),
     "config of no sense": (spoil(num_attention_heads="four"), r"config\.json.*num_attention_heads"),
-    "gptq": (spoil(quantization_config={"quant_method": "gptq"}), "quantized by 'gptq'; bitsand"),
-    "int8": (
-        spoil(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}),
-        "bitsandbytes 8-bit",
+    **{
+        method: (
+            spoil(quantization_config={"quant_method": method}),
+            f"quantized by '{method}'; bitsandbytes 4-bit .* GPTQ and AWQ can be loaded",
+        )
+        for method in ("hqq", "eetq")
+    },
+    "gptq of 3 bits": (
+        spoil(quantization_config={"quant_method": "gptq", "bits": 3}),
+        "is gptq of bits=3; accepted: 4 or 8",
+    ),
+    "gptq for marlin": (
+        spoil(quantization_config={"quant_method": "gptq", "bits": 4, "format": "marlin"}),
+        "is gptq in the format 'marlin'; accepted: gptq, gptq_v2",
+    ),
+    "awq for vectors": (
+        spoil(quantization_config={"quant_method": "awq", "bits": 4, "version": "GEMV"}),
+        "is awq in the format 'gemv'; accepted: gemm",
+    ),
+    "groups of no size": (
+        spoil(quantization_config={"quant_method": "awq", "bits": 4, "group_size": 12}),
+        "has group_size=12; accepted: -1 or multiples of 8",
     ),
 }
 
