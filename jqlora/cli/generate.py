@@ -1,7 +1,8 @@
 """Ask a model something and print its answer as it is made.
 
 The prompt goes through the tokenizer's chat template where there is one; --plain continues it as
-plain text instead. Without --temperature the likeliest token is taken each time.
+plain text instead. An encoder-decoder reads it as its tokenizer writes it. Without --temperature
+the likeliest token is taken each time.
 """
 
 import argparse
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     for token in stream(
         apply,
         variables,
-        prompt_ids(args, tokenizer)[None],
+        prompt_ids(args, tokenizer, model.task)[None],
         model=model,
         max_new_tokens=args.max_new_tokens,
         eos_ids=ends,
@@ -68,11 +69,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def prompt_ids(args: argparse.Namespace, tokenizer):
+def prompt_ids(args: argparse.Namespace, tokenizer, task: str):
     """int32 [n]: the prompt as the model is to see it."""
+    import numpy as np
+
     from jqlora.data import Message, Record, encode_prompt
     from jqlora.errors import DataError
 
+    if task == "seq2seq-lm":
+        if args.system:
+            raise DataError("--system needs a chat template, and an encoder-decoder has none")
+        return np.asarray(tokenizer(args.prompt)["input_ids"], np.int32)
     if args.plain or not tokenizer.chat_template:
         if args.system:
             raise DataError("--system needs a chat template, and plain text has none")
