@@ -1,7 +1,8 @@
 """Fold an adapter into its base model.
 
 OUT becomes a Hugging Face directory that needs no adapter any more. The merge goes shard by shard
-on the host, so that it needs little memory; a base in 4 bits is written whole.
+on the host, so that it needs little memory. A quantized base (4 or 8 bits, GPTQ, AWQ) is written
+decoded; a head that was trained with the adapter takes the place of the base's own.
 """
 
 import argparse

@@ -69,8 +69,8 @@ def format_of(spec: Storage) -> Format:
     found = FORMATS.get(type(spec))
     if found is None:
         raise CheckpointError(
-            f"{spec.scheme} weights are kept in memory alone: files hold nf4 or fp4, the codes that "
-            "came out of files, or dense weights (quantize after loading them)"
+            f"{spec.scheme} weights are kept in memory alone: files hold nf4 or fp4, the codes "
+            "that came out of files, or dense weights (quantize after loading them)"
         )
     return found
 

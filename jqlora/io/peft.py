@@ -120,7 +120,7 @@ def load_adapter(
     """
     folder = Path(path)
     config = read_config(folder)
-    reader = _open(folder)
+    reader = open_adapter(folder)
     names = _hf_names(model)
     survey = inspect_model(model, params)
     spec = _spec(config, survey, model, reader)
@@ -211,7 +211,8 @@ def _leaf_shapes(plan: Plan) -> dict[TreePath, tuple[int, ...]]:
     return shapes | {(FULL, *leaf.path): leaf.shape for leaf in plan.full}
 
 
-def _open(folder: Path) -> TensorReader:
+def open_adapter(folder: Path) -> TensorReader:
+    """The tensors of an adapter's directory; ``AdapterFileError`` if there are none to be read."""
     kinds = {WEIGHTS_FILE: SafetensorsFile, "adapter_model.bin": TorchFile}
     for file, kind in kinds.items():
         if (folder / file).exists():

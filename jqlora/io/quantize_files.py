@@ -97,6 +97,13 @@ def config_of(checkpoint: Checkpoint, model: Any, dtype: str) -> dict[str, Any]:
     return {**checkpoint.config, key: dtype}
 
 
+def head_config(checkpoint: Checkpoint, model: Any) -> dict[str, Any]:
+    """What config.json says of the head that ``model`` has and the source has not."""
+    content = model.config.to_hf("old")
+    labels = {key: content[key] for key in ("id2label", "label2id") if key in content}
+    return labels | {"architectures": [checkpoint.family.architecture(model.task)]}
+
+
 def write_companions(source: Source, config: dict[str, Any], folder: Path) -> None:
     """Tokenizer and generation config: copied, or made from a GGUF file's metadata."""
     if source.kind == "gguf":

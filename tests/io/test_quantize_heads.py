@@ -1,0 +1,60 @@
+"""Encoders with heads in 4 bits: transformers quantizes the same modules and decodes the same."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+bitsandbytes = pytest.importorskip("bitsandbytes")
+transformers = pytest.importorskip("transformers")
+
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+
+from jqlora.attach import bind  # noqa: E402
+from jqlora.io import load, quantize_checkpoint  # noqa: E402
+from jqlora.models import family_for  # noqa: E402
+from jqlora.quant import NF4, QTensor  # noqa: E402
+from jqlora.tree import flatten  # noqa: E402
+from tests.models import encoders  # noqa: E402
+from tests.models.encoders import ANSWERS, MASKED, SEQUENCE  # noqa: E402
+
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
+# bitsandbytes on a CPU decodes rows wrongly that are no multiple of a block
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+ROWS = [("bert", SEQUENCE), ("roberta", MASKED), ("roberta", ANSWERS), ("deberta_v3", SEQUENCE)]
+
+
+@pytest.mark.parametrize(("base", "task"), ROWS)
+def test_the_same_modules_are_quantized_and_the_head_is_whole(base, task, tmp_path):
+    encoder = encoders.checkpoint(base, task, **SIZES)
+    encoder.hf.save_pretrained(tmp_path / "dense")
+    quantize_checkpoint(tmp_path / "dense", tmp_path / "nf4", NF4())
+    theirs, report = getattr(transformers, encoders.AUTO[task]).from_pretrained(
+        tmp_path / "nf4", output_loading_info=True, attn_implementation="eager"
+    )
+    assert not any(report.values()), report
+    model, params = load(tmp_path / "nf4")
+    leaves = flatten(params)
+    ours = {
+        item.hf.removesuffix(".weight"): (leaves[item.path], item.index)
+        for item in family_for(model).hf_names(model)
+        if isinstance(leaves[item.path], QTensor)
+    }
+    modules = {
+        name: module
+        for name, module in theirs.named_modules()
+        if isinstance(module, bitsandbytes.nn.Linear4bit)
+    }
+    assert ours.keys() == modules.keys()
+    for name, (leaf, index) in ours.items():
+        weight = modules[name].weight
+        modules[name].support_avx512bf16_for_cpu = False
+        stored = np.asarray(leaf.codes if index is None else leaf.codes[index])
+        np.testing.assert_array_equal(stored.reshape(-1), weight.data.numpy().reshape(-1))
+    if base != "bert":
+        return
+    inputs = encoders.batch(encoder)
+    expected = encoders.logits_of(encoders.run_theirs(encoder._replace(hf=theirs.eval()), inputs))
+    got = bind(model)({"params": params}, **{n: jnp.asarray(a) for n, a in inputs.items()})
+    np.testing.assert_allclose(
+        encoders.logits_of(got), expected, atol=1e-4 * np.abs(expected).max()
+    )
