@@ -6,17 +6,23 @@ training. A hundred and more such roundings fit into 1e-5. A real defect (a mask
 position that is off by one) shows as 1e-3 and above. A gradient is a sum of products of states
 that each carry such an error, and AdamW divides by its size, so gradients and trained adapters have
 ten times as much. Errors are relative: of states and logits to their range, of losses to their
-value, of each leaf of gradients and adapters to its largest entry.
+value, of each leaf of the gradient to its largest entry, of the trained adapter to its root mean
+square. Some checkpoints amplify rounding beyond that (thirty layers do). Where a budget is
+exceeded, transformers and PEFT are therefore run in fp64 as well, and what they are away from that
+themselves, twice, is the budget: two results that are both right differ by no more.
 
 **bf16.** A rounding is 4e-3, two computations that are both right differ by much more than that
 after some layers, and by how much depends on the checkpoint: no fixed number is both safe and
 sharp. So each side is held to the exact result, that is, the same bf16 weights computed by
 transformers in fp32, and ours may lie no further from it than theirs does. Errors are root mean
 squares of the distance, as multiples of theirs (where theirs is below one rounding of the result,
-of that). A quarter more is allowed for chance in states and logits, which are thousands of numbers;
-a factor of two, one bit, in losses and single leaves, which are few.
+of that). A quarter more is allowed for chance in states, logits and the whole trained adapter,
+which are thousands of numbers; a factor of two, one bit, in losses and single leaves of the
+gradient, which are few.
 
-Files are compared bit for bit.
+The leaves of the trained adapter are not judged one by one: AdamW divides each entry by its size,
+so entries whose gradient vanishes go where rounding sends them, on either side. Files are compared
+bit for bit.
 """
 
 from typing import Literal, NamedTuple
@@ -25,15 +31,21 @@ Quantity = Literal["hidden states", "logits", "loss", "gradients", "loss curve",
 EXACT = 0.0
 ROUNDING = 2.0**-8
 """Largest relative error of rounding to bf16, which keeps eight significant bits."""
+BOTH = 2.0
+"""How many times their own distance from the exact result two right results differ at most."""
 
 
 class Budgets(NamedTuple):
-    """The largest error of each quantity that passes, and in words what an error is; ``calibrated``
-    where it is a multiple of the other side's own."""
+    """The largest error of each quantity that passes, and in words what an error is.
+
+    ``calibrated`` where it is a multiple of the other side's own; ``wider`` is the dtype of the
+    exact result.
+    """
 
     limits: dict[Quantity, float]
     measure: str
     calibrated: bool
+    wider: str
 
 
 BUDGETS = {
@@ -47,8 +59,10 @@ BUDGETS = {
             "adapters": 1e-4,
         },
         "largest difference, relative to the range of states and logits, to the value of a loss, "
-        "to the largest entry of a leaf",
+        "to the largest entry of a leaf; of the trained adapter, root mean squares. A larger "
+        "budget is twice what transformers and PEFT are away from their own result in fp64",
         calibrated=False,
+        wider="float64",
     ),
     "bfloat16": Budgets(
         {
@@ -57,9 +71,10 @@ BUDGETS = {
             "loss": 2.0,
             "gradients": 2.0,
             "loss curve": 2.0,
-            "adapters": 2.0,
+            "adapters": 1.25,
         },
         "root mean square of our distance from fp32 on the same weights, as a multiple of theirs",
         calibrated=True,
+        wider="float32",
     ),
 }

@@ -8,10 +8,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jqlora.compare.budgets import BUDGETS, EXACT, ROUNDING, Budgets, Quantity
+from jqlora.compare.budgets import BOTH, BUDGETS, EXACT, ROUNDING, Budgets, Quantity
 from jqlora.compare.observation import Arrays, Observation
 
 FILES = "files"
+SILENT = 1e-6
+"""Share of the largest gradient below which a whole leaf is the rounding of zero in fp32."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +50,12 @@ def measure(
 ) -> list[Measurement]:
     """Everything observed, compared within the budgets of ``dtype``.
 
-    ``stacks`` are the names of the model's stacks of layers; ``exact`` is the other side in fp32,
-    which bf16 needs.
+    ``stacks`` are the names of the model's stacks of layers; ``exact`` is the other side in the
+    wider dtype, without which there is no budget for bf16, and none above the fixed one for fp32.
     """
     budgets = BUDGETS[dtype]
     if budgets.calibrated and exact is None:
         raise ValueError(f"the budgets of {dtype} need the exact result")
-    exact = exact if budgets.calibrated else None
     made = list(_hidden(ours, theirs, exact, budgets, stacks))
     for name, found in theirs.logits.items():
         reference = None if exact is None else exact.logits[name]
@@ -62,11 +63,12 @@ def measure(
     curves = (ours.losses, theirs.losses, None if exact is None else exact.losses)
     a, b, c = (curve and curve[:1] for curve in curves)
     made.append(_losses("loss", "of the first batch", a, b, c, budgets))
-    made += _leaves("gradients", ours.gradients, theirs.gradients, exact, budgets)
+    made += _gradients(ours.gradients, theirs.gradients, exact and exact.gradients, budgets)
     relative = np.abs(np.subtract(*curves[:2])) / np.abs(curves[1])
     worst = f"worst at step {int(np.argmax(relative)) + 1} of {len(relative)}"
     made.append(_losses("loss curve", worst, *curves, budgets))
-    made += _leaves("adapters", ours.after, theirs.after, exact, budgets)
+    moved = _with_gradient((exact or theirs).gradients)
+    made.append(_adapters(moved, ours.after, theirs.after, exact and exact.after, budgets))
     return made
 
 
@@ -124,54 +126,92 @@ def _array(
     return _measured(quantity, name, ours, theirs, exact, span, budgets)
 
 
-def _leaves(
-    quantity: Quantity,
-    ours: Arrays,
-    theirs: Arrays,
-    exact: Observation | None,
-    budgets: Budgets,
+def _with_gradient(gradients: Arrays) -> list[str]:
+    """The leaves whose gradient is more than rounding. A bias that is added to all logits under a
+    softmax has none, and AdamW moves it as rounding has it."""
+    sizes = {name: _largest(leaf) for name, leaf in gradients.items()}
+    return [name for name, size in sizes.items() if size > SILENT * max(sizes.values())]
+
+
+def _gradients(
+    ours: Arrays, theirs: Arrays, exact: Arrays | None, budgets: Budgets
 ) -> list[Measurement]:
+    """Leaf by leaf; one that is only rounding is held against the largest entry of all."""
+    top = max(_largest(leaf) for leaf in theirs.values())
+    moved = set(_with_gradient(theirs if exact is None else exact))
     made = []
     for name, found in theirs.items():
-        reference = None
-        if exact is not None:
-            reference = (exact.gradients if quantity == "gradients" else exact.after)[name]
-        span = float(np.abs(found).max(initial=0.0))
-        made.append(_measured(quantity, name, ours[name], found, reference, span, budgets))
+        reference = None if exact is None else exact[name]
+        floor = 0.0 if name in moved else top
+        span = max(_largest(found), floor)
+        arrays = (ours[name], found, reference)
+        made.append(_measured("gradients", name, *arrays, span, budgets, floor=floor))
     return made
 
 
-def _measured(
-    quantity: Quantity, name: str, ours: Any, theirs: Any, exact: Any, span: float, budgets: Budgets
+def _adapters(
+    names: list[str], ours: Arrays, theirs: Arrays, exact: Arrays | None, budgets: Budgets
 ) -> Measurement:
+    """All leaves that have a gradient as one, by root mean squares."""
+    a, b = (np.concatenate([tree[name].ravel() for name in names]) for tree in (ours, theirs))
+    c = None if exact is None else np.concatenate([exact[name].ravel() for name in names])
+    name = f"all {len(names)} leaves that have a gradient"
+    return _measured("adapters", name, a, b, c, _largest(b), budgets, whole=True)
+
+
+def _measured(
+    quantity: Quantity,
+    name: str,
+    ours: Any,
+    theirs: Any,
+    exact: Any,
+    span: float,
+    budgets: Budgets,
+    *,
+    whole: bool = False,
+    floor: float = 0.0,
+) -> Measurement:
+    """``whole``: fp32 is judged by root mean squares instead of by the largest difference.
+    ``floor`` is the least size whose rounding counts."""
     if ours.shape != theirs.shape:
         raise ValueError(f"{quantity}, {name}: shape {ours.shape} here, {theirs.shape} there")
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    largest = float(np.abs(ours - theirs).max(initial=0.0))
-    relative = _ratio(largest, span)
-    error = relative
+    limit, size = budgets.limits[quantity], _rms if whole else _largest
+    scale = _rms(theirs) if whole else span
+    largest = _largest(ours - theirs)
+    error = _ratio(size(ours - theirs), scale)
     if exact is not None:
         exact = np.asarray(exact, np.float64)
-        error = _ratio(_rms(ours - exact), max(_rms(theirs - exact), ROUNDING * _rms(exact)))
-    return Measurement(quantity, name, largest, relative, error, budgets.limits[quantity])
+        if budgets.calibrated:
+            noise = max(_rms(theirs - exact), ROUNDING * max(_rms(exact), floor))
+            error = _ratio(_rms(ours - exact), noise)
+        else:
+            limit = max(limit, BOTH * _ratio(size(theirs - exact), scale))
+    return Measurement(quantity, name, largest, _ratio(largest, span), error, limit)
 
 
 def _losses(
     quantity: Quantity, name: str, ours: Any, theirs: Any, exact: Any, budgets: Budgets
 ) -> Measurement:
     mine, found = np.asarray(ours), np.asarray(theirs)
-    gap = np.abs(mine - found)
-    relative = float((gap / np.abs(found)).max())
-    error = relative
+    limit = budgets.limits[quantity]
+    error = relative = _largest((mine - found) / found)
     if exact is not None:
         true = np.asarray(exact)
-        noise = max(float(np.abs(found - true).max()), ROUNDING * float(np.abs(true).max()))
-        error = _ratio(float(np.abs(mine - true).max()), noise)
-    return Measurement(quantity, name, float(gap.max()), relative, error, budgets.limits[quantity])
+        if budgets.calibrated:
+            noise = max(_largest(found - true), ROUNDING * _largest(true))
+            error = _ratio(_largest(mine - true), noise)
+        else:
+            limit = max(limit, BOTH * _largest((found - true) / true))
+    return Measurement(quantity, name, _largest(mine - found), relative, error, limit)
 
 
 def _ratio(value: float, scale: float) -> float:
     return 0.0 if value == 0.0 else value / scale if scale else float("inf")
+
+
+def _largest(values: Any) -> float:
+    return float(np.abs(values).max(initial=0.0))
 
 
 def _rms(values: Any) -> float:

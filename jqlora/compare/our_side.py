@@ -4,21 +4,23 @@ Tensors are named by what ``save_adapter`` calls them, so that PEFT's names are 
 of the files and no second table of names exists.
 """
 
+import dataclasses
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from safetensors.numpy import load_file
 
 from jqlora import optim
-from jqlora.attach import bind, init
+from jqlora.attach import bind, dense, init
 from jqlora.compare.observation import Arrays, Batch, Observation, Recipe, seen_in
 from jqlora.io.peft import WEIGHTS_FILE, save_adapter
-from jqlora.methods import LoRA, Plan
+from jqlora.methods import FULL, LoRA, Plan
 from jqlora.train import TrainState, loss_for, make_train_step
 from jqlora.tree import flatten, unflatten
 from jqlora.types import Adapters, Params
@@ -41,13 +43,17 @@ def fresh_spec(task: str, rank: int) -> LoRA:
 
 
 def fresh_adapters(plan: Plan, params: Params, seed: int) -> Adapters:
-    """Adapters that are zero nowhere, fp32."""
-    first, second = jax.random.split(jax.random.key(seed))
-    flat = flatten(init(first, plan, params))
-    for number, path in enumerate(sorted(flat)):
-        if path[0] == "lora" and path[-1] == "b":
-            key = jax.random.fold_in(second, number)
-            flat[path] = SPREAD * jax.random.normal(key, flat[path].shape)
+    """Adapters that are zero nowhere, fp32, drawn without compiling anything."""
+    generator = np.random.default_rng(seed)
+    drawn = dataclasses.replace(plan, full=())
+    shapes = flatten(jax.eval_shape(lambda: init(jax.random.key(0), drawn)))
+    flat = {}
+    for path, leaf in sorted(shapes.items()):
+        spread = SPREAD if path[-1] == "b" else (3 * leaf.shape[-2]) ** -0.5  # of PEFT's own draw
+        flat[path] = jnp.asarray(generator.normal(0, spread, leaf.shape), jnp.float32)
+    base = flatten(params)
+    for leaf in plan.full:
+        flat[(FULL, *leaf.path)] = jnp.array(dense(base[leaf.path]), jnp.float32, copy=True)
     return unflatten(flat)
 
 
@@ -58,31 +64,49 @@ def by_file_names(plan: Plan, tree: Adapters, model: nn.Module) -> Arrays:
         return load_file(Path(folder) / "tree" / WEIGHTS_FILE)
 
 
+class _Kept(NamedTuple):
+    gradients: Any
+
+
+def keeping() -> optax.GradientTransformation:
+    """Changes nothing; its state is the last gradients, so that the step's own can be looked at."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        del state, params
+        return updates, _Kept(updates)
+
+    def zeros(params: Any) -> Any:
+        return _Kept(jax.tree.map(jnp.zeros_like, params))
+
+    return optax.GradientTransformation(zeros, update)
+
+
 class OurSide:
     """A model with a plan, compiled for batches of one shape."""
 
     def __init__(self, model: nn.Module, plan: Plan, recipe: Recipe):
         self._model, self._plan, self._steps = model, plan, recipe.steps
-        self._tx = optim.adamw(
+        adamw = optim.adamw(
             recipe.learning_rate,
             betas=recipe.betas,
             eps=recipe.eps,
             weight_decay=recipe.weight_decay,
             max_grad_norm=None,
         )
+        self._tx = optax.chain(keeping(), adamw)
         apply, loss = bind(model, plan), loss_for(model)
 
-        def objective(adapters: Adapters, params: Params, batch: Any) -> Any:
+        def forward(adapters: Adapters, params: Params, batch: Any) -> Any:
             outputs: list[Any] = []
 
             def watched(*args: Any, **kwargs: Any) -> Any:
                 outputs.append(apply(*args, **kwargs, output_hidden_states=True))
                 return outputs[-1]
 
-            total, count = loss(watched, {"params": params, **adapters}, batch, None)
-            return total / count + apply.penalty(adapters), outputs[0]
+            loss(watched, {"params": params, **adapters}, batch, None)  # knows how to call it
+            return outputs[0]
 
-        self._gradient = jax.jit(jax.grad(objective, has_aux=True))
+        self._forward = jax.jit(forward)
         self._step = make_train_step(apply, self._tx, loss=loss)
 
     def observe(
@@ -96,16 +120,17 @@ class OurSide:
     ) -> Observation:
         """Run and train on ``batches`` in turn, for the recipe's steps unless told otherwise."""
         steps = self._steps if steps is None else steps
-        gradients, output = self._gradient(adapters, params, _arrays(batches[0]))
+        output = self._forward(adapters, params, _arrays(batches[0]))
         hidden, logits = seen_in(output, batches[0], _numpy)
         del output
-        gradients = self._named(gradients)
-        losses = []
-        state = TrainState.create(adapters, self._tx, jax.random.key(0))
+        gradients, losses = {}, []
+        state: Any = TrainState.create(adapters, self._tx, jax.random.key(0))
         for number in range(steps):
             batch = _arrays(batches[number % len(batches)])
             state, metrics = self._step(state, params, batch)
             losses.append(float(metrics["loss"] + metrics["penalty"]))
+            if number == 0:
+                gradients = self._named(state.opt_state[0].gradients)
             if say is not None:
                 say(number + 1, steps)
         before, after = self._named(adapters), self._named(state.adapters)

@@ -111,10 +111,9 @@ def _draw_losses(certificate: Certificate) -> Figure:
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     curves = certificate.curves
     steps = np.arange(1, len(curves["ours"]) + 1)
-    widths = {"theirs": (GREY, 4.0), "theirs in fp32": (GREEN, 1.6), "ours": (BLUE, 1.6)}
-    for name, (colour, width) in widths.items():
-        if name in curves:
-            above.plot(steps, curves[name], color=colour, linewidth=width, label=name)
+    for name in sorted(curves, reverse=True):  # the exact ones, theirs, ours on top
+        colour, width = {"theirs": (GREY, 4.0), "ours": (BLUE, 1.6)}.get(name, (GREEN, 7.0))
+        above.plot(steps, curves[name], color=colour, linewidth=width, label=name)
     above.set_ylabel("loss")
     above.set_title("Losses while training", loc="left")
     above.legend(frameon=False)
@@ -126,9 +125,11 @@ def _draw_losses(certificate: Certificate) -> Figure:
 
 def _draw_gaps(axes: Axes, steps: np.ndarray, curves: dict[str, list[float]]) -> None:
     """Each side's distance from what it is held to."""
-    reference = np.asarray(curves.get("theirs in fp32", curves["theirs"]))
-    sides = {"ours": BLUE} | ({"theirs": GREY} if "theirs in fp32" in curves else {})
-    for name, colour in sides.items():
+    held_to = max(curves)  # "theirs in ..." where there is such a run, else "theirs"
+    reference = np.asarray(curves[held_to])
+    for name, colour in {"ours": BLUE, "theirs": GREY}.items():
+        if name == held_to:
+            continue
         gap = np.abs(np.asarray(curves[name]) - reference) / np.abs(reference)
         axes.plot(steps, np.maximum(gap, TINY), color=colour, linewidth=1.2, label=name)
     axes.set_yscale("log")

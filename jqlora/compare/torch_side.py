@@ -96,13 +96,30 @@ def _halves(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return codes.reshape(-1) >> 4, codes.reshape(-1) & 15
 
 
-def exact(model: Any) -> Any:
-    """The same model, its weights as they are, computing in fp32; changed in place."""
+def exact(model: Any, dtype: str) -> Any:
+    """The same model, its weights as they are, computing in ``dtype``; changed in place.
+
+    bitsandbytes does not multiply in fp64, so that there what it decodes takes the place of codes.
+    """
+    wide = getattr(torch, dtype)
+    if wide == torch.float64:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, Linear4bit):
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, _decoded(module))
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point():
-            tensor.data = tensor.data.float()
-    _compute_in(model, torch.float32)
+            tensor.data = tensor.data.to(wide)
+    _compute_in(model, wide)
     return model
+
+
+def _decoded(module: Any) -> Any:
+    weight = functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+    linear = torch.nn.Linear(module.in_features, module.out_features, bias=False)
+    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+    linear.bias = module.bias
+    return linear
 
 
 def adapted(base: Any, folder: str | os.PathLike) -> Any:
@@ -124,7 +141,7 @@ def observe(model: Any, batches: list[Batch], recipe: Recipe, say: Any = None) -
     that the optimizer updates and they are rounded from, as jqlora does.
     """
     live = {_file_name(n): p for n, p in model.named_parameters() if p.requires_grad}
-    masters = {n: p if p.dtype == torch.float32 else _master(p) for n, p in live.items()}
+    masters = {n: _master(p) if p.dtype.itemsize < 4 else p for n, p in live.items()}
     before = {name: _numpy(master) for name, master in masters.items()}
     optimizer = torch.optim.AdamW(
         [

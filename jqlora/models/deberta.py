@@ -102,7 +102,9 @@ class DisentangledSelfAttention(nn.Module):
         if shared.table is not None and shared.rows is not None:
             scores += self._by_position(queries, keys, shared.table, shared.rows[None, None], heads)
         scores *= 1 / math.sqrt(config.head_dim * (1 + len(extra.terms)))
-        scores = jnp.where(shared.real[:, None, None], scores, jnp.finfo(jnp.float32).min)
+        # padding attends to everything alike, as in transformers: answers' losses count it
+        both = shared.real[:, None, None, :] & shared.real[:, None, :, None]
+        scores = jnp.where(both, scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
         return jnp.einsum("bhts,bshd->bthd", weights, values).reshape(x.shape)
 
