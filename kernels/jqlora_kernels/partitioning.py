@@ -110,9 +110,14 @@ class Blocks(NamedTuple):
         return self.columns % self.unit == 0
 
     @property
+    def several(self) -> bool:
+        """Whether a row has units to be told apart; the rule has no word for a single one."""
+        return self.divisible and self.columns > self.unit
+
+    @property
     def values(self) -> str:
         """An axis of the matrix's columns in the words of the rule."""
-        return "(s r)" if self.divisible else "k"
+        return "(s r)" if self.several else "k"
 
     def stored(self, operands: Operands) -> list[str]:
         """The operands in the words of the rule: ``n`` rows and ``s`` units of the matrix, of ``r``
@@ -121,6 +126,8 @@ class Blocks(NamedTuple):
         lead = lead_words(codes.ndim - 2)
         matrix = [f"{lead}a b", f"{lead}d e"]
         if self.divisible:
+            matrix = [f"{lead}n b", f"{lead}n d"]
+        if self.several:
             matrix = [f"{lead}n (s q)", f"{lead}n {'s' if self.unit == self.block else '(s u)'}"]
         second = [f"{lead}g", lead or "o", "t"] if nested is not None else []
         matrix += matrix[1:] * (len(jax.tree.leaves(scales)) - 1)  # zero points lie as scales do
@@ -129,7 +136,7 @@ class Blocks(NamedTuple):
     def rule(self, words: str, contracted: str, free: str = "") -> dict[str, Any]:
         """Of a call in these ``words``; ``contracted`` letters are summed, ``free`` ones may be
         split beside those of the matrix."""
-        split = ("n", "s") if self.divisible else ()
+        split = ("n", "s") if self.several else ("n",) if self.divisible else ()
         sizes = {"r": self.unit, "q": self.unit // self.parts}
         if self.unit != self.block:  # then no axis is of units alone, which tells their number
             sizes |= {"u": self.unit // self.block, "s": self.columns // self.unit}

@@ -19,11 +19,13 @@ from jqlora.quant import (
     QTensor,
     quantize,
     quantize_params,
+    quantized_matmul,
     split_inputs,
     split_outputs,
     with_layout,
 )
 from jqlora.train import TrainState, make_train_step
+from tests.storages import STORAGES, stored
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
@@ -99,6 +101,35 @@ def test_a_step_on_pieces_equals_the_step_on_the_whole_and_gathers_no_codes(
     np.testing.assert_allclose(metrics["loss"], expected[1]["loss"], rtol=1e-5)
     for a, b in zip(*map(jax.tree.leaves, (after.adapters, expected[0].adapters)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("storage", "split"),
+    [
+        ("gptq in order", split_outputs),
+        ("gptq in order", split_inputs),
+        # a row is one block, and no piece of it can be taken
+        ("gptq of 8 bits", split_outputs),
+    ],
+)
+def test_zero_points_and_orders_lie_with_their_pieces(mesh, storage, split):
+    q = stored(jax.random.normal(jax.random.key(0), (2, 128, 64)), STORAGES[storage])
+    x = jax.random.normal(jax.random.key(1), (3, 128))
+    pieces = jax.device_put(q, split(q, mesh, "model"))
+    assert len(pieces.scales.sharding.device_set) == 2
+
+    @jax.jit
+    def product(x, q):
+        y, pull = jax.vjp(lambda x: quantized_matmul(x, q, jnp.int32(1)), x)
+        return y, *pull(y)
+
+    here = NamedSharding(mesh, PartitionSpec())
+    text = product.lower(jax.device_put(x, here), pieces).compile().as_text()
+    assert not {"u8", "s16"} & set(re.findall(r"= (\w+)\[[^\]]*\]\S* all-gather", text))
+    for actual, expected in zip(
+        product(jax.device_put(x, here), pieces), product(x, q), strict=True
+    ):
+        np.testing.assert_allclose(actual, expected, atol=1e-5 * jnp.abs(expected).max())
 
 
 @pytest.mark.parametrize(
