@@ -101,3 +101,35 @@ def write_squad(path: Path, contexts: int) -> Path:
     tree = {"version": "v2.0", "data": [{"title": "films", "paragraphs": paragraphs}]}
     path.write_text(json.dumps(tree))
     return path
+
+
+def write_t5(folder: Path) -> Path:
+    """A Hugging Face directory with a random one-layer T5 of width 32."""
+    tokenizer = wordpiece_tokenizer()
+    tokenizer.eos_token = "[SEP]"
+    config = {
+        "model_type": "t5",
+        "architectures": ["T5ForConditionalGeneration"],
+        "vocab_size": len(tokenizer),
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": 1,
+        "num_heads": 4,
+        "pad_token_id": 0,
+        "eos_token_id": tokenizer.eos_token_id,
+        "decoder_start_token_id": 0,
+    }
+    family = family_of(config)
+    model = family.build(family.parse(config))
+    generator = np.random.default_rng(0)
+    params = unflatten(
+        {
+            path: np.ones(leaf.shape, np.float32)
+            if path[-1] in ("scale", "weight")
+            else generator.normal(0, 0.15, leaf.shape).astype(np.float32)
+            for path, leaf in flatten(abstract_params(model)).items()
+        }
+    )
+    save_pretrained(folder, model, params, tokenizer=tokenizer)
+    return folder

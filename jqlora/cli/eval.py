@@ -3,7 +3,8 @@
 Without --task the loss is the mean over all predicted tokens of records, of answers only unless
 --train-on all. --task perplexity reads whole texts in overlapping windows. --task sst2, mnli, squad
 and the like need a model or an adapter with the head; --task mmlu asks a causal model and compares
-the likelihoods of the choices. MODEL may carry an adapter and be stored in 4 bits.
+the likelihoods of the choices; --task summarization lets the model write, an encoder-decoder or a
+causal one (after "TL;DR:"), and gives ROUGE. MODEL may carry an adapter and be stored in 4 bits.
 """
 
 import argparse
@@ -29,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", required=True, action="append", metavar="SOURCE", help="records; repeatable"
     )
     parser.add_argument(
-        "--task", help="perplexity, cola, sst2, mnli, stsb, squad, squad_v2, mmlu, ...; see README"
+        "--task",
+        help="perplexity, cola, sst2, mnli, stsb, squad, mmlu, summarization, ...; see README",
     )
     parser.add_argument(
         "--length", type=int, help="tokens in a row (default 512; for mmlu 2048 or the model's)"
@@ -56,6 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--labels", default="", metavar="A,B", help="classification: names of the classes"
+    )
+    parser.add_argument("--prefix", default="", help="summarization: what stands before each text")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=128, help="summarization: tokens written at most"
     )
     parser.add_argument("--json", metavar="FILE", help="write the numbers there as well")
 
@@ -85,9 +91,11 @@ def _measure(args: argparse.Namespace, say) -> dict:
     texts = args.task in (None, "perplexity")
     task = None if texts else task_named(args.task)
     labels = tuple(name for name in args.labels.split(",") if name)
-    head = {} if task is None or task.kind == "choices" else head_for(task, len(labels) or None)
+    own = task is None or task.kind in ("choices", "texts")
+    head = {} if task is None or own else head_for(task, len(labels) or None)
     opened = measure.Opened(*open_model(args, **head))
-    if not head and opened.model.task != "causal-lm":
+    writes = opened.model.task == "seq2seq-lm" and task is not None and task.kind == "texts"
+    if own and not writes and opened.model.task != "causal-lm":
         raise ConfigError(
             f"{args.model} has a head for {opened.model.task}: name its task by --task"
         )
@@ -117,6 +125,16 @@ def _measure(args: argparse.Namespace, say) -> dict:
             rows=rows,
             say=say,
         )
+    if task.kind == "texts" and not writes:
+        return measure.measure_causal_summaries(
+            opened,
+            task,
+            args.data,
+            prefix=args.prefix,
+            length=length,
+            rows=rows,
+            target_length=args.max_new_tokens,
+        )
     return measure.measure_task(
         opened,
         task,
@@ -126,5 +144,7 @@ def _measure(args: argparse.Namespace, say) -> dict:
         rows=rows,
         too_long=args.too_long,
         labels=labels,
+        prefix=args.prefix,
+        target_length=args.max_new_tokens,
         say=say,
     )

@@ -46,7 +46,9 @@ class ModelConfig:
     """What the backward pass recomputes: ``dots`` all but products, ``full`` whole layers."""
     attention: Literal["auto", "xla", "cudnn"] = "auto"
     """Which implementation of attention; encoders have one, ``auto``."""
-    task: Literal["causal-lm", "sequence-classification", "question-answering"] | None = None
+    task: (
+        Literal["causal-lm", "sequence-classification", "question-answering", "seq2seq-lm"] | None
+    ) = None
     """What the model's head is for; null is what ``data.task`` needs, or text without one."""
     num_labels: Positive | None = None
     """Outputs of a classifier; null is as many as ``data.task`` has labels."""
@@ -68,6 +70,10 @@ class DataConfig:
     """Names of the classes in the order of their numbers, where the task has none."""
     stride: Count = 128
     """Tokens that windows of a long text share, in question answering."""
+    prefix: str = ""
+    """What an encoder-decoder reads before each text, such as ``"summarize: "``."""
+    target_length: Positive = 128
+    """Tokens that an encoder-decoder writes at most."""
     heldout: str | tuple[str, ...] | None = None
     """Records never trained on, whose loss is reported."""
     heldout_share: Annotated[float, Field(gt=0, lt=1)] | None = None

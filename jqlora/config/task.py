@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 TRAINABLE = tuple(name for name, task in TASKS.items() if task.kind != "choices")
 """Tasks that one trains on."""
 OF_TEXT = ("heldout", "heldout_share", "general", "train_on", "template")
-OF_TASKS = ("validation", "labels", "stride")
+OF_TASKS = ("validation", "labels", "stride", "prefix", "target_length")
 
 
 def check_data(data: "DataConfig") -> None:
@@ -31,7 +31,7 @@ def check_data(data: "DataConfig") -> None:
     _refuse_changed(data, OF_TEXT, f"is for text, not for data.task={task.name!r}")
     if data.packing:
         raise ConfigError("data.packing=true: a task has one record a row; leave it null")
-    fitting = {"labels": ("error", "truncate"), "spans": ("error", "split")}[task.kind]
+    fitting = ("error", "split") if task.kind == "spans" else ("error", "truncate")
     if data.too_long not in fitting:
         raise ConfigError(
             f"data.too_long={data.too_long!r}: {task.name} takes {' or '.join(map(repr, fitting))}"
@@ -68,7 +68,7 @@ def check_head(config: "RunConfig") -> None:
     if task.kind == "labels" and known is None and model.num_labels is None:
         raise ConfigError(f"data.task={task.name!r} needs model.num_labels or data.labels")
     if config.sample.prompts:
-        raise ConfigError("sample.prompts: a model with a head for labels answers no questions")
+        raise ConfigError("sample.prompts: are for text, not for a data.task")
 
 
 def _refuse_changed(data: "DataConfig", names: tuple[str, ...], reason: str) -> None:

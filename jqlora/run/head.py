@@ -16,9 +16,13 @@ from jqlora.run import choices
 from jqlora.tasks import TASKS, Task
 from jqlora.types import Params
 
-OUTPUTS = {"sequence-classification": "classifier", "question-answering": "qa_outputs"}
-"""The module with the outputs of each head."""
-HEADS = ("pooler", *dict.fromkeys(OUTPUTS.values()))
+OUTPUTS = {
+    "sequence-classification": ("classifier",),
+    "question-answering": ("qa_outputs",),
+    "seq2seq-lm": (),
+}
+"""The module that is trained whole for each head."""
+HEADS = ("pooler", "classifier", "qa_outputs")
 """Modules that a checkpoint of another head lacks."""
 
 
@@ -36,7 +40,7 @@ def choose(config: RunConfig) -> Chosen:
     asked, method = head_of(config), config.method
     fresh = fresh_modules(config.model.source, asked)
     if asked:
-        whole = dict.fromkeys([*method.modules_to_save, OUTPUTS[asked["task"]], *fresh])
+        whole = dict.fromkeys([*method.modules_to_save, *OUTPUTS[asked["task"]], *fresh])
         method = dataclasses.replace(method, modules_to_save=tuple(whole))
     loading = {
         "quantize": choices.quantization(config.model.quantize),

@@ -14,6 +14,7 @@ from jqlora.data import Template, encode_all, make_loader, read_records
 from jqlora.data.strided import read_documents, strided
 from jqlora.errors import DataError
 from jqlora.run.tasks import Reading, numbering_of, outputs_of
+from jqlora.run.writing import summaries_of_causal
 from jqlora.tasks import Task
 from jqlora.tasks.choices import (
     Choice,
@@ -26,6 +27,7 @@ from jqlora.tasks.choices import (
 )
 from jqlora.tasks.likelihood import Asked, encode_asked, make_likelihood
 from jqlora.tasks.scoring import check_scorable
+from jqlora.tasks.summaries import read_summaries
 from jqlora.train.evaluate import Evaluation, evaluate, make_eval_step
 from jqlora.train.task_loss import loss_for
 
@@ -106,9 +108,12 @@ def measure_task(
     rows: int,
     too_long: str,
     labels: Sequence[str],
+    prefix: str,
+    target_length: int,
     say: Say,
 ) -> dict[str, Any]:
-    """``loss`` and ``metrics`` of a task's rows, over so many ``tokens`` (labels)."""
+    """``loss`` and ``metrics`` of a task's rows, over so many ``labels`` or, of texts that are
+    written, ``tokens``."""
     check_scorable(task)
     reading = Reading(
         task=task,
@@ -118,12 +123,43 @@ def measure_task(
         stride=stride,
         labels=labels,
         numbering=numbering_of(task, opened.model),
+        prefix=prefix,
+        target_length=target_length,
     )
     measured, said = reading.measured(source, rows)
     for line in said:
         say(line)
-    found = opened.evaluate(measured.batches, measured.score, outputs_of(task.name)).record()
-    return {"loss": found["loss"], "metrics": found["metrics"], "labels": found["tokens"]}
+    found = opened.evaluate(measured.batches, measured.score, outputs_of(task.name))
+    scores, counted = found.metrics, "labels"
+    if measured.write is not None:
+        scores = measured.write(opened.model, opened.apply, opened.variables)
+        counted = "tokens"
+    return {"loss": found.loss, "metrics": dict(scores), counted: found.tokens}
+
+
+def measure_causal_summaries(
+    opened: Opened,
+    task: Task,
+    source: Any,
+    *,
+    prefix: str,
+    length: int,
+    rows: int,
+    target_length: int,
+) -> dict[str, Any]:
+    """``metrics`` of what a causal model writes after each text; ``texts`` counts them."""
+    check_scorable(task)
+    records = read_summaries(task, source)
+    scores = summaries_of_causal(
+        task,
+        records,
+        opened,
+        prefix=prefix,
+        length=length,
+        rows=rows,
+        max_new_tokens=target_length,
+    )
+    return {"metrics": scores, "texts": len(records)}
 
 
 def measure_choices(
@@ -192,7 +228,7 @@ def shown(found: dict[str, Any]) -> list[str]:
         head = f"loss {found['loss']:.5f}  perplexity {found['perplexity']:.3f}"
         return [f"{head}  tokens {found['tokens']}{more}"]
     lines = [f"{name} {value:.4f}" for name, value in found["metrics"].items()]
-    counted = next(name for name in ("labels", "questions") if name in found)
+    counted = next(name for name in ("labels", "questions", "texts", "tokens") if name in found)
     if "loss" in found:
         lines.append(f"loss {found['loss']:.5f}")
     return [*lines, f"{counted} {found[counted]}"]

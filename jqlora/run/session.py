@@ -78,10 +78,13 @@ def open_session(config: RunConfig, run: RunDirectory, prepared: Prepared, say: 
     eval_step = make_eval_step(apply, loss=loss_for(model), outputs=outputs_of(config.data.task))
 
     def measure(adapters: Adapters) -> dict[str, Evaluation]:
-        return {
-            name: evaluate(eval_step, params, adapters, on.batches, on.score)
-            for name, on in prepared.data.evaluations.items()
-        }
+        found = {}
+        for name, on in prepared.data.evaluations.items():
+            found[name] = evaluate(eval_step, params, adapters, on.batches, on.score)
+            if on.write is not None:
+                scores = on.write(model, apply, {"params": params, **adapters})
+                found[name] = dataclasses.replace(found[name], metrics=scores)
+        return found
 
     answerer = Answerer(
         [*prepared.data.prompts, *prepared.data.checks],

@@ -1,20 +1,26 @@
 """The rows of a run's task, made into batches and what they are scored by."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jqlora.config import RunConfig
+from jqlora.data import Batch
 from jqlora.errors import ConfigError
 from jqlora.run.data import RunData, check_warmup
+from jqlora.run.writing import writer
 from jqlora.tasks import TASKS, Task
 from jqlora.tasks.batches import Collate, evaluation_batches, training_batches
 from jqlora.tasks.features import Feature, Report, label_features
 from jqlora.tasks.labelled import read_labelled
-from jqlora.tasks.scoring import OUTPUTS, Score, check_scorable, label_scores, span_scores
+from jqlora.tasks.scoring import OUTPUTS, check_scorable, label_scores, span_scores
 from jqlora.tasks.spans import window_features
 from jqlora.tasks.squad import read_questions
+from jqlora.tasks.summaries import read_summaries, summary_features
 from jqlora.train.evaluate import Measured
+
+Scored = Callable[[list[Batch], list[int]], Measured]
+"""What is measured on batches whose rows are the features in an order."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,17 +34,25 @@ class Reading:
     stride: int = 128
     labels: Sequence[str] = ()
     numbering: Sequence[int] | None = None
+    prefix: str = ""
+    target_length: int = 0
 
-    def features(self, source: Any) -> tuple[Sequence[Feature], Report, list[str], Any]:
-        """The features of a source, a report, what was left out, and ``order -> Score``."""
+    def features(self, source: Any) -> tuple[Sequence[Feature], Report, list[str], Scored]:
+        """The features of a source, a report, what was left out, and what scores them."""
         task, tokenizer = self.task, self.tokenizer
+        if task.kind == "texts":
+            return self._summaries(source)
         if task.kind == "spans":
             questions = read_questions(task, source)
             split = self.too_long == "split"
             windows, report = window_features(
                 questions, tokenizer, max_length=self.length, stride=self.stride, split=split
             )
-            return windows, report, [], lambda order: span_scores(task, questions, windows, order)
+
+            def scored(batches: list[Batch], order: list[int]) -> Measured:
+                return Measured(batches, span_scores(task, questions, windows, order))
+
+            return windows, report, [], scored
         records, broken = read_labelled(task, source, self.labels)
         features, report = label_features(
             records,
@@ -47,26 +61,48 @@ class Reading:
             truncate=self.too_long == "truncate",
             numbering=self.numbering,
         )
-        return (
-            features,
-            report,
-            broken,
-            lambda order: label_scores(task, records, order, self.numbering),
+
+        def labelled(batches: list[Batch], order: list[int]) -> Measured:
+            return Measured(batches, label_scores(task, records, order, self.numbering))
+
+        return features, report, broken, labelled
+
+    def _summaries(self, source: Any) -> tuple[Sequence[Feature], Report, list[str], Scored]:
+        records = read_summaries(self.task, source)
+        features, report = summary_features(
+            records,
+            self.tokenizer,
+            prefix=self.prefix,
+            max_length=self.length,
+            target_length=self.target_length,
+            truncate=self.too_long == "truncate",
         )
+
+        def written(batches: list[Batch], order: list[int]) -> Measured:
+            write = writer(
+                self.task,
+                records,
+                batches,
+                order,
+                tokenizer=self.tokenizer,
+                max_new_tokens=self.target_length,
+            )
+            return Measured(batches, write=write)
+
+        return features, report, [], written
 
     def collate(self, rows: int) -> Collate:
         """What stacks so many of the features."""
         pad = self.tokenizer.pad_token_id
         if pad is None:
             raise ConfigError("the tokenizer has no padding token, which batches of a task need")
-        return Collate(rows=rows, limit=self.length, pad=pad)
+        return Collate(rows=rows, limit=self.length, pad=pad, target_limit=self.target_length)
 
     def measured(self, source: Any, rows: int) -> tuple[Measured, list[str]]:
         """A source in batches of so many rows, with its score; and messages."""
-        features, report, broken, score = self.features(source)
+        features, report, broken, scored = self.features(source)
         batches, order = evaluation_batches(features, self.collate(rows))
-        made: Score = score(order)
-        return Measured(batches, made), [*report.lines(), *_left_out(broken)]
+        return scored(batches, order), [*report.lines(), *_left_out(broken)]
 
 
 def read_task(config: RunConfig, tokenizer: Any, model: Any) -> RunData:
@@ -85,6 +121,8 @@ def read_task(config: RunConfig, tokenizer: Any, model: Any) -> RunData:
         stride=data.stride,
         labels=data.labels,
         numbering=numbering_of(task, model),
+        prefix=data.prefix,
+        target_length=data.target_length,
     )
     features, report, broken, _ = reading.features(data.train)
     _check_labels(task, features, model)

@@ -28,15 +28,17 @@ def padded_length(needed: int, limit: int, shortest: int = SHORTEST) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Collate:
-    """Stacks up to ``rows`` features; ``pad`` is the id at padding, where the mask is 0."""
+    """Stacks up to ``rows`` features; ``pad`` is the id at padding, where the mask is 0. Texts to
+    be written have at most ``target_limit`` tokens."""
 
     rows: int
     limit: int
     pad: int
+    target_limit: int = 0
 
     def __call__(self, features: Sequence[Feature]) -> Batch:
         """``input_ids``, ``attention_mask`` and the other inputs int32 [rows, T], and the targets
-        [rows]."""
+        [rows], or [rows, T'] of texts to be written."""
         length = padded_length(max(map(len, features)), self.limit)
         missing = self.rows - len(features)
         members = [*features, *[features[0]] * missing]
@@ -47,7 +49,12 @@ class Collate:
             pad = self.pad if name == "input_ids" else 0
             batch[name] = _stacked([feature.inputs[name] for feature in members], length, pad)
         for name in members[0].targets:
-            values = np.asarray([feature.targets[name] for feature in members])
+            given = [feature.targets[name] for feature in members]
+            if np.ndim(given[0]):
+                width = padded_length(max(map(len, given)), self.target_limit)
+                values = _stacked(given, width, NOTHING[name])
+            else:
+                values = np.asarray(given)
             if missing:
                 floating = np.issubdtype(values.dtype, np.floating)
                 values[-missing:] = np.nan if floating else NOTHING[name]

@@ -16,7 +16,7 @@ NOTHING = {"labels": -100, "start_positions": 2**30, "end_positions": 2**30}
 @dataclasses.dataclass(frozen=True)
 class Feature:
     """``inputs`` are int32 arrays [n] by their names (``input_ids``, maybe ``token_type_ids``) and
-    ``targets`` numbers by theirs."""
+    ``targets`` numbers by theirs, or int32 [m] of a text to be written."""
 
     inputs: dict[str, np.ndarray]
     targets: dict[str, Any]
@@ -30,7 +30,8 @@ class Feature:
         for array in self.inputs.values():
             yield len(array).to_bytes(8, "little")
             yield array.tobytes()
-        yield repr(sorted(self.targets.items())).encode()
+        for target in self.targets.values():
+            yield np.asarray(target).tobytes()
 
 
 @dataclasses.dataclass(frozen=True)

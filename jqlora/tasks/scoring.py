@@ -15,12 +15,19 @@ Outputs = Sequence[Mapping[str, np.ndarray]]
 Score = Callable[[Outputs], dict[str, float]]
 """Scores by name, of a model's outputs for each row of the evaluation batches."""
 
-OUTPUTS = {"labels": ("logits",), "spans": ("start_logits", "end_logits"), "choices": ()}
+OUTPUTS = {
+    "labels": ("logits",),
+    "spans": ("start_logits", "end_logits"),
+    "choices": (),
+    "texts": (),
+}
 """What is kept of a model's outputs for each kind of task."""
 
 
 def check_scorable(task: Task) -> None:
     """Raise ConfigError now rather than after training where a library is missing."""
+    if task.kind == "texts":
+        library("rouge_score.rouge_scorer")
     if task.kind == "labels":
         library("scipy.stats" if task.number else "sklearn.metrics")
 

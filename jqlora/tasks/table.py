@@ -12,7 +12,7 @@ from typing import Literal
 from jqlora.errors import ConfigError
 from jqlora.tree import nearest
 
-Kind = Literal["labels", "spans", "choices"]
+Kind = Literal["labels", "spans", "choices", "texts"]
 Columns = tuple[str, ...]
 
 
@@ -20,9 +20,10 @@ Columns = tuple[str, ...]
 class Task:
     """One task.
 
-    ``kind``: texts with a *label*, *spans* of a text that answer a question, *choices* of which one
-    is likeliest. ``head`` is the task of the model that serves it. ``texts`` are the sets of
-    columns of which the first that a row has is read, ``label`` the names of the label's column.
+    ``kind``: texts with *labels*, *spans* of a text that answer a question, *choices* of which one
+    is likeliest, *texts* that are written to a text. ``head`` is the task of the model that serves
+    it. ``texts`` are the sets of columns of which the first that a row has is read, ``label`` the
+    names of the label's column.
     ``labels`` name the classes in the order of their numbers: none where the user says them.
     ``number`` says that the label is a number (regression). ``headless`` names the columns of a
     tab-separated file without a header line. ``metrics`` are those that papers report.
@@ -130,6 +131,19 @@ TASKS: dict[str, Task] = {
             kind="spans",
             head="question-answering",
             metrics=("exact_match", "f1"),
+        ),
+        Task(
+            name="summarization",
+            kind="texts",
+            head="seq2seq-lm",
+            texts=(
+                ("document", "summary"),  # XSum
+                ("article", "highlights"),  # CNN/DailyMail
+                ("dialogue", "summary"),  # SAMSum
+                ("text", "summary"),
+                ("prompt", "completion"),
+            ),
+            metrics=("rouge1", "rouge2", "rougeL", "rougeLsum"),
         ),
         Task(
             name="mmlu",

@@ -10,7 +10,7 @@ import numpy as np
 
 from jqlora.errors import DataError
 from jqlora.train.loss import Batch, causal_lm_loss
-from jqlora.types import Adapters, Params
+from jqlora.types import Adapters, Params, Variables
 
 Outputs = dict[str, jax.Array]
 EvalStep = Callable[[Params, Adapters, Batch], tuple[jax.Array, jax.Array, Outputs]]
@@ -45,10 +45,12 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What is evaluated: batches, and of a task how the outputs for all their rows are scored."""
+    """What is evaluated: batches, and of a task how the outputs for all their rows are scored, or
+    ``write(model, apply, variables)``, which generates and scores what was written."""
 
     batches: Sequence[Batch]
     score: Score | None = None
+    write: Callable[[Any, Any, Variables], dict[str, float]] | None = None
 
 
 def make_eval_step(
@@ -61,13 +63,16 @@ def make_eval_step(
     dropout; of what ``apply`` returns, ``outputs`` names what to return as well."""
 
     def eval_step(params: Params, adapters: Adapters, batch: Batch):
+        variables = {"params": params, **adapters}
+        if not outputs:
+            return *loss(apply, variables, batch, None), {}
         seen: list[Any] = []
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             seen.append(apply(*args, **kwargs))
             return seen[-1]
 
-        total, count = loss(watched, {"params": params, **adapters}, batch, None)
+        total, count = loss(watched, variables, batch, None)
         return total, count, {name: getattr(seen[-1], name) for name in outputs}
 
     return jax.jit(eval_step)

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from jqlora.io.atomic import atomic_write_text
+from jqlora.tasks import TASKS
 from jqlora.train.directory import RunDirectory
 from jqlora.train.metrics import read_metrics
 from jqlora.train.pages import embedded, render
@@ -62,7 +63,8 @@ def scores(measured: dict[str, Any]) -> list[dict[str, Any]]:
 
 def targets(summary: dict[str, Any]) -> str:
     """What a loss is a mean over."""
-    return "labels" if summary["task"] else "tokens"
+    task = summary["task"]
+    return "tokens" if task is None or TASKS[task].kind == "texts" else "labels"
 
 
 def answers(measured: dict[str, Any]) -> list[dict[str, str]]:

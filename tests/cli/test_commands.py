@@ -94,6 +94,11 @@ def test_eval_of_documents_and_choices_prints_and_writes_numbers(toy, tmp_path, 
     assert "accuracy_per_character" in capsys.readouterr().out
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["subjects"]["sums"]["questions"] == found["questions"] == 6
+
+    (tmp_path / "long.jsonl").write_text('{"text": "one two", "summary": "one"}\n' * 2)
+    texts = ["--task", "summarization", "--data", str(tmp_path / "long.jsonl")]
+    assert main([*words, *texts, "--max-new-tokens", "4", "--length", "32"]) == 0
+    assert "texts 2" in capsys.readouterr().out
     assert 0 <= found["metrics"]["accuracy"] <= 1
 
 

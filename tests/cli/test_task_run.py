@@ -15,7 +15,7 @@ from jqlora.config import read_config
 from jqlora.data import Loader
 from jqlora.run import plan_run, resume, train
 from jqlora.train.metrics import WALL_CLOCK, read_metrics
-from tests.toy_encoder import write_encoder, write_squad, write_sst2
+from tests.toy_encoder import BAD, GOOD, write_encoder, write_squad, write_sst2, write_t5
 
 CONFIG = """
 model: {{source: {folder}/model}}
@@ -184,6 +184,32 @@ def test_questions_of_several_windows_are_trained_on_and_scored(folder):
     saved = json.loads((folder / "squad" / "adapter" / "adapter_config.json").read_text())
     assert saved["task_type"] == "QUESTION_ANS"
     assert saved["modules_to_save"] == ["qa_outputs"]
+
+
+def test_an_encoder_decoder_learns_to_write_and_is_scored_by_rouge(folder, tmp_path, capsys):
+    write_t5(folder / "t5")
+    rows = [{"document": f"the film was {word}.", "summary": word} for word in (*GOOD, *BAD)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = folder / "rows.jsonl"
+    data = f"data={{task: summarization, train: {source}, validation: {source}, length: 16}}"
+    config = folder / "t5.yaml"
+    lines = (folder / "config.yaml").read_text().splitlines()
+    config.write_text("\n".join(line for line in lines if not line.startswith("data")))
+    words = [f"model.source={folder}/t5", "data.target_length=4", "method.targets=all-linear"]
+    words += ["train.steps=50", "train.batch_size=8", "train.eval_every=0", "train.lr=3e-2"]
+    outcome = train(
+        read_config([config], [data, *words, f"output.directory={folder}/t5run"]), **SILENT
+    )
+    assert outcome.summary is not None
+    before, after = (outcome.summary["validation"][when] for when in ("before", "after"))
+    assert after["loss"] < before["loss"]
+    assert after["metrics"]["rouge1"] > before["metrics"]["rouge1"] + 50
+
+    run = ["eval", str(folder / "t5"), "--adapter", str(folder / "t5run" / "adapter")]
+    run += ["--task", "summarization", "--data", str(source), "--max-new-tokens", "4"]
+    assert main([*run, "--json", str(tmp_path / "rouge.json")]) == 0
+    assert json.loads((tmp_path / "rouge.json").read_text())["metrics"] == after["metrics"]
+    assert capsys.readouterr().out.startswith("rouge1 ")
 
 
 MISTAKES = {
