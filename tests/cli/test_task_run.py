@@ -28,19 +28,19 @@ SILENT = {"say": lambda text: None}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_once(cache):
-    """Runs of one program find what the first of them compiled."""
+def _compile_quickly(cache):
+    """Programs this small run but briefly, so they are not optimized; and runs of one program find
+    what the first of them compiled."""
     settings = {
-        "jax_compilation_cache_dir": str(cache),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
+        "jax_disable_most_optimizations": (True, False),
+        "jax_compilation_cache_dir": (str(cache), None),
+        "jax_persistent_cache_min_compile_time_secs": (0.0, 1.0),
     }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for values in (settings, before):
-        for name, value in values.items():
-            jax.config.update(name, value)
+    for at in range(2):
+        for name, values in settings.items():
+            jax.config.update(name, values[at])
         compilation_cache.reset_cache()
-        if values is settings:
+        if at == 0:
             yield
 
 
