@@ -1,10 +1,13 @@
 """The commands on an encoder-decoder."""
 
-import numpy as np
+import argparse
+
+import jax
+import pytest
 from tokenizers import processors
 
-import jqlora as jq
 from jqlora.cli import main
+from jqlora.cli.generate import prompt_ids
 from tests.toy_checkpoint import toy_tokenizer, write_model
 
 T5 = {
@@ -18,21 +21,24 @@ T5 = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _compile_quickly():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def test_generate_reads_the_prompt_with_the_ends_that_the_tokenizer_gives_it(tmp_path, capsys):
     folder = write_model(tmp_path / "model", **T5)
     tokenizer = toy_tokenizer()
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="$A <|end|>", special_tokens=[("<|end|>", 0)]
     )
-    tokenizer.save_pretrained(folder)
+    args = argparse.Namespace(prompt="once", system=None, plain=False)
+    bare = toy_tokenizer()("once")["input_ids"]
+    assert prompt_ids(args, tokenizer, "seq2seq-lm").tolist() == [*bare, 0]
     words = ["generate", str(folder), "--prompt", "once", "--max-new-tokens", "4"]
     assert main(words) == 0
-    model, params = jq.load(folder)
-    ids = np.array([[*toy_tokenizer()("once")["input_ids"], 0]])
-    tokens = jq.generate(
-        jq.bind(model), {"params": params}, ids, model=model, max_new_tokens=4, eos_ids=(0,)
-    )
-    answer = tokenizer.decode(np.asarray(tokens)[0], skip_special_tokens=True)
-    assert capsys.readouterr().out == f"{answer}\n"
+    assert len(capsys.readouterr().out.rstrip("\n")) == 4  # a token is a byte
     assert main([*words, "--system", "Be brief."]) == 2
     assert "--system needs a chat template" in capsys.readouterr().err

@@ -16,7 +16,9 @@ from transformers import AutoModelForSeq2SeqLM, BitsAndBytesConfig
 from jqlora.attach import bind, init, plan
 from jqlora.errors import AdapterFileError
 from jqlora.io import fresh_head, load, load_adapter, save_adapter, save_pretrained
+from jqlora.io.checkpoint import open_checkpoint
 from jqlora.io.merge_files import merge_checkpoint
+from jqlora.io.source import resolve
 from jqlora.methods import LoRA
 from jqlora.models import family_for
 from jqlora.quant import NF4, QTensor
@@ -63,7 +65,7 @@ def test_what_transformers_quantizes_of_a_t5_is_quantized_here_to_the_same_bytes
     shifted = seq2seq.decoder_inputs(model.config, batch.pop("labels"))
     inputs = jax.tree.map(jnp.asarray, batch | {"decoder_input_ids": shifted})
     logits = jax.jit(lambda inputs: bind(model)({"params": params}, **inputs).logits)(inputs)
-    assert gap(logits, expected.logits) < 1e-4  # the two multiply in other orders
+    assert gap(logits, expected.logits) < 1e-5
     save_pretrained(tmp_path / "ours", model, params)
     again = torch_model(tmp_path / "ours")
     assert in_four_bits(again) == ours
@@ -92,39 +94,39 @@ def test_an_adapter_is_folded_into_the_files_as_peft_folds_it(tmp_path):
     assert gap(found, expected) < 1e-5
 
 
-@pytest.mark.parametrize("spec", [LoRA(targets=["shared"]), LoRA(modules_to_save=["shared"])])
-def test_an_adapter_of_the_shared_embedding_has_no_place_in_pefts_files(spec, tmp_path):
-    model, params = seq2seq.checkpoint("t5_gated_untied")[2:]
-    planned = plan(model, params, spec)
-    adapters = init(jax.random.key(0), planned, params)
-    with pytest.raises(AdapterFileError, match="shared is the embedding of encoder and decoder"):
-        save_adapter(tmp_path / "a", planned, adapters, model=model)
-    save_adapter(tmp_path / "a", *planned_of(model, params), model=model)
+def test_an_adapter_of_the_shared_embedding_has_no_place_in_pefts_files(tmp_path):
+    model, params = seq2seq.checkpoint("t5", num_layers=1)[2:]
+    for spec in (LoRA(targets=["shared"]), LoRA(targets=["q"], modules_to_save=["shared"])):
+        planned = plan(model, params, spec)
+        adapters = init(jax.random.key(0), planned, params)
+        with pytest.raises(AdapterFileError, match="shared is the embedding of encoder and"):
+            save_adapter(tmp_path / "a", planned, adapters, model=model)
+    planned = plan(model, params, LoRA(targets=["q"]))
+    save_adapter(tmp_path / "a", planned, init(jax.random.key(0), planned), model=model)
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert config["task_type"] == "SEQ_2_SEQ_LM"
-    config["target_modules"] = [*config["target_modules"], "shared"]
+    config["target_modules"] = ["q", "shared"]
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(AdapterFileError, match="shared"):
         load_adapter(tmp_path / "a", model, params)
 
 
-def planned_of(model, params):
-    planned = plan(model, params, LoRA(targets=["q"]))
-    return planned, init(jax.random.key(0), planned)
+def config_of(folder):
+    return open_checkpoint(resolve(folder)).parsed
 
 
 def test_the_generation_config_says_which_tokens_are_forced(tmp_path):
     seq2seq.checkpoint("bart").hf.save_pretrained(tmp_path)
-    assert load(tmp_path)[0].config.forced_eos_token_id == 2
+    assert config_of(tmp_path).forced_eos_token_id == 2
     path = tmp_path / "generation_config.json"
     said = json.loads(path.read_text())
     del said["forced_eos_token_id"]
     path.write_text(json.dumps(said | {"forced_bos_token_id": 0, "decoder_start_token_id": 4}))
-    config = load(tmp_path)[0].config
+    config = config_of(tmp_path)
     assert (config.forced_bos_token_id, config.forced_eos_token_id) == (0, None)
     assert config.decoder_start_token_id == 4
     path.unlink()
-    assert load(tmp_path)[0].config.forced_eos_token_id == 2
+    assert config_of(tmp_path).forced_eos_token_id == 2
 
 
 def test_a_bare_encoder_decoder_gets_the_head_that_it_is_asked_for(tmp_path):

@@ -65,6 +65,8 @@ def checkpoint(name: str, **extra: Any) -> Checkpoint:
         for key, weight in (*hf.named_parameters(), *hf.named_buffers()):
             scale = "norm" in key and key.endswith("weight")
             weight.normal_(1.0 if scale else 0.0, 0.2 if scale else 0.25, generator=generator)
+            if key.endswith(".q.weight"):  # T5 scales its queries' weights in place of scores
+                weight.mul_(config.d_kv**-0.5)
     written = config.to_dict() | {"architectures": [type(hf).__name__]}
     written["tie_word_embeddings"] = not untied
     family = family_of(written)

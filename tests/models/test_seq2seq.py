@@ -96,8 +96,7 @@ def test_what_stands_at_padding_changes_nothing(name):
     assert np.isfinite(after).all()
 
 
-@one_of_each
-@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize(("name", "scan"), [("t5_gated_untied", True), ("bart", False)])
 def test_decoding_with_a_cache_equals_the_whole_sequence(name, scan):
     checkpoint = seq2seq.checkpoint(name)
     inputs, _ = inputs_of(checkpoint)
@@ -154,12 +153,8 @@ def test_bf16_strays_from_float32_no_further_than_transformers_does(name):
     assert error < 1.25 * np.linalg.norm(theirs - exact)
 
 
-@pytest.mark.parametrize(
-    ("name", "form"),
-    [("t5_gated_untied", {"scan": False, "remat": "dots"}), ("bart", {"remat": "full"})],
-)
-def test_loops_and_recomputation_change_neither_values_nor_gradients(name, form):
-    checkpoint = seq2seq.checkpoint(name)
+def test_loops_and_recomputation_change_neither_values_nor_gradients():
+    checkpoint = seq2seq.checkpoint("t5_gated_untied", num_layers=2)
     inputs, _ = inputs_of(checkpoint)
 
     def value_and_gradient(model, params):
@@ -169,19 +164,13 @@ def test_loops_and_recomputation_change_neither_values_nor_gradients(name, form)
         return jax.jit(jax.value_and_grad(loss))(params)
 
     model, params = checkpoint.model, checkpoint.params
-    value, gradient = value_and_gradient(model, params)
-    looped = form.get("scan") is False
-    other, leaves = value_and_gradient(
-        model.clone(**form), scan_to_loop(params) if looped else params
-    )
-    leaves = flatten(loop_to_scan(leaves) if looped else leaves)
-    flat = {path: np.asarray(leaf) for path, leaf in flatten(gradient).items()}
-    largest = max(np.abs(leaf).max() for leaf in flat.values())
+    value, gradient = value_and_gradient(model.clone(remat="full"), params)
+    looped = model.clone(scan=False, remat="dots")
+    other, leaves = value_and_gradient(looped, scan_to_loop(params))
     np.testing.assert_allclose(other, value, rtol=1e-5)
-    for path, leaf in flat.items():
-        # a bias of keys has no gradient but rounding: softmax does not see it
-        scale = max(np.abs(leaf).max(), 1e-2 * largest)
-        assert np.abs(leaves[path] - leaf).max() <= 1e-5 * scale, path
+    leaves = flatten(loop_to_scan(leaves))
+    for path, leaf in flatten(gradient).items():
+        assert np.abs(leaves[path] - leaf).max() <= 1e-5 * np.abs(leaf).max(), path
 
 
 @pytest.mark.parametrize("both_ways", [True, False])
