@@ -5,7 +5,9 @@ quantized there and written into its leaf in place (a donated update) before the
 the peak of host memory lies about one tensor above the result, on the CPU too.
 """
 
+import dataclasses
 import logging
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,11 +18,11 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from jqlora import tree
-from jqlora.io.checkpoint import open_checkpoint
-from jqlora.io.layout import Layout, lay_out
+from jqlora.io.checkpoint import open_checkpoint, read_config
+from jqlora.io.layout import Layout, abstract_params, lay_out
 from jqlora.io.place import Converter, convert, fill, read_float
 from jqlora.io.source import Source, resolve
-from jqlora.models import HFName
+from jqlora.models import HFName, family_of, task_of
 from jqlora.quant import BlockQuant, QTensor
 from jqlora.quant import quantize as quantize_leaf
 from jqlora.quant.params import SKIP
@@ -101,6 +103,26 @@ def describe(
     checkpoint = open_checkpoint(resolve(source), task=task, num_labels=num_labels)
     model = checkpoint.model(checkpoint.dtype(dtype), scan=scan)
     return model, tree.unflatten(lay_out(checkpoint, model, quantize, skip).leaves)
+
+
+def describe_config(
+    folder: str | pathlib.Path,
+    *,
+    quantize: BlockQuant | None = None,
+    dtype: DTypeLike | None = None,
+    skip: tuple[str, ...] = SKIP,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """As :func:`describe`, from a config.json without weights: what a checkpoint of it would be.
+
+    Raises CheckpointError for a config that is missing, broken or of no known architecture.
+    """
+    config = read_config(pathlib.Path(folder) / "config.json")
+    family = family_of(config)
+    parsed = family.parse(config)
+    name = jnp.dtype(dtype or parsed.dtype or "float32").name
+    parsed = dataclasses.replace(parsed, dtype=name)
+    model = family.build(parsed, task=task_of(config, None), dtype=jnp.dtype(name))
+    return model, abstract_params(model, quantize, skip=skip)
 
 
 def fresh_head(

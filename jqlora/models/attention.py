@@ -41,7 +41,13 @@ def implementation(
         return attention
     half = dtype in (jnp.bfloat16, jnp.float16)
     fits = half and head_dim % 8 == 0 and head_dim <= 128
-    return "cudnn" if fits and jax.default_backend() == "gpu" else "xla"
+    return "cudnn" if fits and _platform() == "gpu" else "xla"
+
+
+def _platform() -> str:
+    """Of the device that is traced for: one that an abstract mesh names, or this process's."""
+    named = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if named is None else named.platform
 
 
 def attend(

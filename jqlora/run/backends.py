@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from jqlora import tree
 from jqlora.config import RunConfig
@@ -11,12 +13,16 @@ from jqlora.run.head import choose, describe_model
 from jqlora.types import Params
 
 
-def backend_lines(config: RunConfig) -> list[str]:
-    """In sentences, for this process's device; only headers of files are read, nothing runs."""
+def backend_lines(
+    config: RunConfig, traced_for: AbstractContextManager[Any] | None = None
+) -> list[str]:
+    """In sentences, for this process's device or the one that the context ``traced_for`` names;
+    only headers of files are read, nothing runs."""
     dtype = choices.compute_dtype(config.model)
-    _, params = describe_model(config, choose(config))
+    _, params = describe_model(config, choose(config), weightless=True)
     rows = config.train.batch_size // config.train.accumulate * config.data.length
-    return backends_of(params, rows, dtype)
+    with traced_for or nullcontext():
+        return backends_of(params, rows, dtype)
 
 
 def backends_of(params: Params, rows: int, dtype: str) -> list[str]:

@@ -5,12 +5,14 @@ so it is here, and whatever else the checkpoint lacks and is drawn at random, su
 """
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from jqlora.config import MethodConfig, RunConfig
 from jqlora.errors import ConfigError
 from jqlora.io import fresh_head
-from jqlora.io.load import describe
+from jqlora.io.load import describe, describe_config
+from jqlora.io.source import WEIGHTS
 from jqlora.quant.params import SKIP
 from jqlora.run import choices
 from jqlora.tasks import TASKS, Task
@@ -73,12 +75,19 @@ def head_for(task: Task, count: int | None) -> dict[str, Any]:
     return {"task": task.head, "num_labels": task.num_labels or count}
 
 
-def describe_model(config: RunConfig, chosen: Chosen) -> tuple[Any, Params]:
+def describe_model(
+    config: RunConfig, chosen: Chosen, *, weightless: bool = False
+) -> tuple[Any, Params]:
     """The config's model and the shapes of its parameters, from the headers of its files.
 
-    Raises ConfigError for a model whose head is not what the run trains.
+    ``weightless`` allows a directory with a config.json and nothing else, for a run on text. Raises
+    ConfigError for a model whose head is not what the run trains.
     """
-    model, params = describe(config.model.source, **chosen.loading)
+    source = config.model.source
+    if weightless and config.data.task is None and is_weightless(source):
+        model, params = describe_config(source, **chosen.loading)
+    else:
+        model, params = describe(source, **chosen.loading)
     found: Any = model
     if config.data.task is None and found.task != "causal-lm":
         raise ConfigError(
@@ -86,6 +95,13 @@ def describe_model(config: RunConfig, chosen: Chosen) -> tuple[Any, Params]:
             "language model: name a data.task, or another model.source"
         )
     return ready(config, found), params
+
+
+def is_weightless(source: str) -> bool:
+    """Whether this is a directory that tells a model's shape and holds no weights."""
+    folder = Path(source).expanduser()
+    found = any((folder / name).exists() for name in WEIGHTS) or any(folder.glob("*.gguf"))
+    return (folder / "config.json").exists() and not found
 
 
 def ready(config: RunConfig, model: Any) -> Any:

@@ -94,13 +94,14 @@ class Sizes:
         ]
 
 
-def plan_run(config: RunConfig) -> Sizes:
-    """Plan the config's adapters on its model, of which only the files' headers are read.
+def plan_run(config: RunConfig, *, weightless: bool = False) -> Sizes:
+    """Plan the config's adapters on its model, of which only the files' headers are read; with
+    ``weightless`` there may be none but a config.json.
 
     Raises what ``jq.load`` and ``jq.plan`` raise, and DataError for rows longer than the model.
     """
     chosen = choose(config)
-    model, params = describe_model(config, chosen)
+    model, params = describe_model(config, chosen, weightless=weightless)
     check_length(config, model)
     sites = plan(model, params, choices.adapter_spec(chosen.method))
     adapters = jax.eval_shape(lambda base: init(jax.random.key(0), sites, base), params)

@@ -20,6 +20,10 @@ import numpy as np
 from jqlora.train.by_chunks import chunk_losses, splits, summed_losses
 from jqlora.types import Variables
 
+INPUTS = ("input_ids", "positions", "segment_ids")
+BATCH = (*INPUTS, "loss_mask")
+"""The arrays of a batch: what the model reads, and what is to be learnt of it."""
+
 Batch = Mapping[str, jax.Array | np.ndarray]
 
 
@@ -53,8 +57,7 @@ def causal_lm_loss(
     Where the model's states and head can be called apart (:class:`~jqlora.models.CausalLM`), the
     logits of the whole batch are never made, see :mod:`jqlora.train.by_chunks`.
     """
-    names = ("input_ids", "positions", "segment_ids")
-    inputs = {name: batch[name] for name in names}
+    inputs = {name: batch[name] for name in INPUTS}
     if not splits(apply):
         return cross_entropy(apply(variables, **inputs, key=key).logits, batch)
     targets, counted = next_tokens(batch)

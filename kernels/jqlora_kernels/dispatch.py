@@ -30,6 +30,15 @@ class Choice(NamedTuple):
         return f"{self.backend}{reasons}"
 
 
+def device() -> tuple[str, str]:
+    """Platform and kind of the device that is traced for: one named beforehand by an abstract mesh,
+    which need not be there, or else this process's first."""
+    named = jax.sharding.get_abstract_mesh().abstract_device
+    if named is not None:
+        return named.platform, named.device_kind
+    return jax.default_backend(), jax.devices()[0].device_kind
+
+
 def run(
     operation: str, backends: Mapping[str, Callable[..., Any]], requested: str | None, *operands
 ) -> Any:
@@ -77,7 +86,7 @@ def attempt(
             )
         return Choice(requested, {}), backends[requested](*operands)
     refusals: dict[str, NotImplementedError] = {}
-    for name in ORDER.get(jax.default_backend(), ("reference",)):
+    for name in ORDER.get(device()[0], ("reference",)):
         if name not in backends:
             continue
         try:

@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
+from jqlora_kernels.dispatch import device
 
 FILE = Path(__file__).with_suffix(".json")
 ANY = "any"
@@ -40,5 +40,5 @@ def of_device(kind: str) -> Tuning:
 
 
 def here() -> Tuning:
-    """The entry for this process's first device."""
-    return of_device(jax.devices()[0].device_kind)
+    """The entry for the device that is traced for."""
+    return of_device(device()[1])
