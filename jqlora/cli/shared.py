@@ -74,7 +74,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="hub id, Hugging Face directory, .gguf file, or package:NAME",
+        help="hub id, Hugging Face directory (a quantized one too: bitsandbytes, GPTQ, AWQ), "
+        ".gguf file, or package:NAME",
     )
     parser.add_argument("--adapter", metavar="DIR", help="an adapter in PEFT's format")
     parser.add_argument(

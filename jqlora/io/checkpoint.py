@@ -85,6 +85,10 @@ def open_checkpoint(
     path = source.path / "config.json"
     # the config first: an unknown architecture explains more than what its weights may lack
     config = read_config(path)
+    beside = source.path / "quantize_config.json"
+    if "quantization_config" not in config and beside.exists():
+        # where AutoGPTQ first wrote it
+        config["quantization_config"] = {"quant_method": "gptq", **read_config(beside)}
     decoding = _read_decoding(source.path / "generation_config.json")
     return _assemble(
         source, path, config, lambda: open_directory(source.path), task, num_labels, decoding

@@ -31,11 +31,10 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, 
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "GEMM"}
 KINDS = {
     "gptq": GPTQ,
-    "gptq with zero points": GPTQ | {"sym": False, "group_size": 64},
     "gptq in order": GPTQ | {"desc_act": True},
     "gptq_v2 in order": GPTQ | {"sym": False, "desc_act": True, "checkpoint_format": "gptq_v2"},
     "gptq of whole rows": GPTQ | {"group_size": -1, "desc_act": True},
-    "gptq of 8 bits": GPTQ | {"bits": 8, "sym": False},
+    "gptq of 8 bits": GPTQ | {"bits": 8, "sym": False, "group_size": 64},
     "awq": AWQ,
 }
 
@@ -162,7 +161,7 @@ def test_logits_are_those_of_the_decoded_weights_in_transformers(ordered):
     ids = np.arange(12, dtype=np.int32)[None]
     with torch.no_grad():
         expected = theirs(torch.from_numpy(ids).long()).logits.numpy()
-    got = np.asarray(bind(model)({"params": params}, jnp.asarray(ids)).logits)
+    got = np.asarray(jax.jit(bind(model))({"params": params}, jnp.asarray(ids)).logits)
     assert np.abs(got - expected).max() < 1e-4 * np.ptp(expected)
 
 
@@ -172,16 +171,15 @@ def test_an_adapter_is_merged_file_by_file_and_nothing_is_calibrated_again(order
     adapters = jax.tree.map(lambda leaf: leaf + 0.05, init(jax.random.key(0), ours))
     save_adapter(folder / "adapter", ours, adapters, model=model)
     merge_checkpoint(folder / "base", folder / "adapter", folder / "merged", dtype="float32")
-    base, merged = (
-        tree["model"]["layers"]["self_attn"]["q_proj"]
-        for tree in (params, load(folder / "merged")[1])
-    )
+    base = params["model"]["layers"]["self_attn"]["q_proj"]["kernel"]
     # decoded to the type of its scales, which is what the format defines
-    decoded = base["kernel"].dequantize().astype(jnp.float32)
-    expected = decoded + delta(ours.placements[0], adapters)
-    np.testing.assert_allclose(merged["kernel"], expected, rtol=0, atol=1e-6)
+    expected = base.dequantize().astype(jnp.float32) + delta(ours.placements[0], adapters)
+    merged = open_directory(folder / "merged")
+    for module, kernel in zip(MODULES[::2], expected, strict=True):
+        found = merged.read(f"{module}.weight").T
+        np.testing.assert_allclose(found, kernel, rtol=0, atol=1e-6)
     with pytest.raises(MergeError, match=r"q_proj\.kernel of gptq_v2 was .* calibration"):
-        requantize({"q_proj": merged}, {"q_proj": base})
+        requantize({"q_proj": {"kernel": expected}}, {"q_proj": {"kernel": base}})
     with pytest.raises(ConfigError, match=r"already quantized \(gptq\)"):
         quantize_checkpoint(folder / "base", folder / "out", NF4())
 
@@ -205,6 +203,17 @@ def test_scales_keep_their_type_and_biases_of_zeros_are_passed_over(tmp_path):
     write(tmp_path / "c", AWQ, change=add_other)
     with pytest.raises(CheckpointError, match=r"q_proj\.bias' has no place"):
         load(tmp_path / "c")
+
+
+def test_a_config_beside_the_model_config_is_read_too(tmp_path):
+    write(tmp_path, GPTQ | {"bits": 8})
+    config = json.loads((tmp_path / "config.json").read_text())
+    beside = config.pop("quantization_config")
+    del beside["quant_method"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "quantize_config.json").write_text(json.dumps(beside))
+    leaf = describe(tmp_path)[1]["model"]["layers"]["self_attn"]["q_proj"]["kernel"]
+    assert leaf.spec == spec_of(GPTQ | {"bits": 8})
 
 
 def part(name, change):

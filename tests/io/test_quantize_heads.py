@@ -6,6 +6,7 @@ torch = pytest.importorskip("torch")
 bitsandbytes = pytest.importorskip("bitsandbytes")
 transformers = pytest.importorskip("transformers")
 
+import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
@@ -54,7 +55,8 @@ def test_the_same_modules_are_quantized_and_the_head_is_whole(base, task, tmp_pa
         return
     inputs = encoders.batch(encoder)
     expected = encoders.logits_of(encoders.run_theirs(encoder._replace(hf=theirs.eval()), inputs))
-    got = bind(model)({"params": params}, **{n: jnp.asarray(a) for n, a in inputs.items()})
+    arrays = {name: jnp.asarray(array) for name, array in inputs.items()}
+    got = jax.jit(bind(model))({"params": params}, **arrays)
     np.testing.assert_allclose(
         encoders.logits_of(got), expected, atol=1e-4 * np.abs(expected).max()
     )
