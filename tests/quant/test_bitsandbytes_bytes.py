@@ -13,7 +13,16 @@ import pytest
 torch = pytest.importorskip("torch")
 functional = pytest.importorskip("bitsandbytes.functional")
 
-from jqlora.quant import FP4, INT8, NF4, NestedScales, fp4_codebook, linear_map, quantize_rows  # noqa: E402
+from jqlora.quant import (  # noqa: E402
+    FP4,
+    INT8,
+    NF4,
+    NestedScales,
+    RowInt8,
+    fp4_codebook,
+    linear_map,
+    quantize_rows,
+)
 from jqlora.quant.spec import BLOCKS  # noqa: E402
 
 pytestmark = pytest.mark.parity
@@ -145,3 +154,14 @@ def test_double_quantized_scales_differ_by_one_code_in_a_hundred_at_most(shape):
     assert (away > 0).mean() <= 0.01
     np.testing.assert_allclose(float(q.nested.offset), float(state.offset), rtol=1e-6)
     np.testing.assert_allclose(np.asarray(q.nested.absmax), state.state2.absmax.numpy(), rtol=1e-5)
+
+
+def test_rows_of_8_bits_are_those_that_llm_int8_stores_but_for_ties():
+    weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0)).half()
+    codes, scales, _ = functional.int8_vectorwise_quant(weight)
+    ours = quantize_rows(jnp.asarray(weight.float().numpy()), RowInt8())
+    np.testing.assert_array_equal(np.asarray(ours.scales)[:, 0], scales.numpy())
+    exact = weight.double().numpy() * 127 / scales.double().numpy()[:, None]
+    other = np.asarray(ours.codes).view(np.int8) != codes.numpy()
+    np.testing.assert_allclose(np.abs(exact[other]) % 1, 0.5, atol=1e-4)
+    assert other.mean() < 1e-3

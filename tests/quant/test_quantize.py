@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jqlora.errors import ConfigError
-from jqlora.quant import FP4, INT8, NF4, dynamic_map, empty, quantize, quantize_rows
+from jqlora.quant import FP4, INT8, NF4, GroupInt, dynamic_map, empty, quantize, quantize_rows
 from jqlora_kernels.packing import pack, unpack
 from jqlora_kernels.quantize_blockwise import quantize_scales
 
@@ -104,3 +104,8 @@ def test_integers_vectors_and_foreign_specs_are_refused():
         quantize_rows(jnp.ones(64), NF4())
     with pytest.raises(ConfigError, match="NF4, FP4, INT8"):
         quantize(jnp.ones((64, 64)), "nf4")  # pyright: ignore
+
+
+def test_codes_that_come_out_of_a_calibration_are_not_made_here():
+    with pytest.raises(ConfigError, match=r"cannot quantize to GroupInt.*instance of NF4, FP4"):
+        quantize(jnp.ones((64, 32)), GroupInt(format="awq"))
