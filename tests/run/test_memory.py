@@ -25,7 +25,10 @@ compiles = [
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("planned")
-    model = write_model(folder / "model", hidden_size=128, intermediate_size=256)
+    # one shape of matrices, so that few kernels are compiled
+    model = write_model(
+        folder / "model", hidden_size=128, intermediate_size=128, num_key_value_heads=4
+    )
     for weights in model.glob("*.safetensors"):
         weights.unlink()  # the config alone will do
     path = folder / "config.yaml"
