@@ -21,24 +21,19 @@ from jqlora.attach import bind, dense, init
 from jqlora.compare.observation import Arrays, Batch, Observation, Recipe, seen_in
 from jqlora.io.peft import WEIGHTS_FILE, save_adapter
 from jqlora.methods import FULL, LoRA, Plan
+from jqlora.models.tasks import TRAINED_WHOLE
 from jqlora.train import TrainState, loss_for, make_train_step
 from jqlora.tree import flatten, unflatten
 from jqlora.types import Adapters, Params
 
 SPREAD = 0.02
 """Standard deviation of a fresh adapter's B, whose zeros would leave A without a gradient."""
-WHOLE = {
-    "sequence-classification": ("classifier",),
-    "token-classification": ("classifier",),
-    "question-answering": ("qa_outputs",),
-}
-"""Heads that PEFT trains whole beside every adapter of such a task."""
 
 
 def fresh_spec(task: str, rank: int) -> LoRA:
     """LoRA on every linear layer, and on what else PEFT trains for ``task``."""
     return LoRA(
-        rank=rank, alpha=2 * rank, targets="all-linear", modules_to_save=WHOLE.get(task, ())
+        rank=rank, alpha=2 * rank, targets="all-linear", modules_to_save=TRAINED_WHOLE.get(task, ())
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jqlora.errors import CheckpointError
-from jqlora.models.hf_keys import Reader
+from jqlora.models.hf_keys import Reader, as_written, under_own_names
 from jqlora.models.multi_head import Heads
 
 DEFAULTS = {
@@ -108,8 +108,7 @@ class BartConfig:
     def from_hf(cls, hf: Mapping[str, Any]) -> "BartConfig":
         """Parses config.json. Raises CheckpointError naming the key, its value and what is
         accepted."""
-        named = {key: hf[alias] for key, alias in ALIASES.items() if alias in hf and key not in hf}
-        read = Reader({**hf, **named}, DEFAULTS)
+        read = Reader(under_own_names(hf, ALIASES), DEFAULTS)
         read.require("is_encoder_decoder", True)
         read.require("tie_word_embeddings", True)
         # what some files of 2020 say of layers that have no place here
@@ -144,7 +143,6 @@ class BartConfig:
 
     def to_hf(self, spelling: str = "new") -> dict[str, Any]:
         """config.json for transformers; ``spelling`` "old" is that of transformers 4."""
-        eos = self.eos_token_ids
         hf: dict[str, Any] = {
             "architectures": ["BartForConditionalGeneration"],
             "model_type": "bart",
@@ -161,7 +159,7 @@ class BartConfig:
             "is_encoder_decoder": True,
             **dict(self.rates),
             "bos_token_id": self.bos_token_id,
-            "eos_token_id": list(eos) if len(eos) > 1 else (eos[0] if eos else None),
+            "eos_token_id": as_written(self.eos_token_ids),
             "pad_token_id": self.pad_token_id,
             "decoder_start_token_id": self.decoder_start_token_id,
             "forced_bos_token_id": self.forced_bos_token_id,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from jqlora.errors import CheckpointError
-from jqlora.models.hf_keys import Reader
+from jqlora.models.hf_keys import Reader, as_written
 from jqlora.models.hf_rope import read_rope, write_rope
 from jqlora.models.kinds import KINDS, kind_of
 from jqlora.models.rope import Rope
@@ -161,7 +161,6 @@ class LlamaConfig:
         "old" is what transformers 4 writes, and what other tools still read most widely.
         """
         kind = KINDS[self.model_type]
-        eos = self.eos_token_ids
         hf: dict[str, Any] = {
             "architectures": [kind.architecture],
             "model_type": kind.name,
@@ -178,7 +177,7 @@ class LlamaConfig:
             "initializer_range": self.initializer_range,
             "tie_word_embeddings": self.tie_word_embeddings,
             "bos_token_id": self.bos_token_id,
-            "eos_token_id": list(eos) if len(eos) > 1 else (eos[0] if eos else None),
+            "eos_token_id": as_written(self.eos_token_ids),
             "pad_token_id": self.pad_token_id,
             "attention_dropout": 0.0,
             "use_cache": True,

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from jqlora.errors import CheckpointError
 from jqlora.models.disentangled import Disentangled, read_disentangled, write_disentangled
-from jqlora.models.hf_keys import Reader, refuse
+from jqlora.models.hf_keys import Reader, as_written, refuse
 
 PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 DROPOUTS = (
@@ -191,7 +191,6 @@ class EncoderConfig:
 
     def to_hf(self, spelling: Literal["new", "old"] = "new") -> dict[str, Any]:
         """config.json for transformers: ``from_hf(to_hf(c)) == c`` in both spellings."""
-        eos = self.eos_token_ids
         hf: dict[str, Any] = {
             "model_type": self.model_type,
             "vocab_size": self.vocab_size,
@@ -209,7 +208,7 @@ class EncoderConfig:
             "label2id": {label: i for i, label in enumerate(self.labels)},
             "problem_type": self.problem_type,
             "bos_token_id": self.bos_token_id,
-            "eos_token_id": list(eos) if len(eos) > 1 else (eos[0] if eos else None),
+            "eos_token_id": as_written(self.eos_token_ids),
             "pad_token_id": self.pad_token_id,
             **dict(self.dropouts),
         }

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jqlora.errors import CheckpointError
-from jqlora.models.hf_keys import Reader
+from jqlora.models.hf_keys import Reader, as_written, under_own_names
 
 # keys of config.json, and the names that transformers accepts for them too
 ALIASES = {
@@ -82,8 +82,7 @@ class GPT2Config:
     def from_hf(cls, hf: Mapping[str, Any]) -> "GPT2Config":
         """Parses config.json. Raises CheckpointError naming the key, its value and what is
         accepted."""
-        named = {key: hf[alias] for key, alias in ALIASES.items() if alias in hf and key not in hf}
-        read = Reader({**hf, **named}, DEFAULTS)
+        read = Reader(under_own_names(hf, ALIASES), DEFAULTS)
         hidden, heads = read.positive("n_embd"), read.positive("n_head")
         if hidden % heads:
             raise CheckpointError(
@@ -113,7 +112,6 @@ class GPT2Config:
 
     def to_hf(self, spelling: str = "new") -> dict[str, Any]:
         """config.json for transformers; ``spelling`` "old" is that of transformers 4."""
-        eos = self.eos_token_ids
         hf: dict[str, Any] = {
             "architectures": ["GPT2LMHeadModel"],
             "model_type": "gpt2",
@@ -131,7 +129,7 @@ class GPT2Config:
             "tie_word_embeddings": self.tie_word_embeddings,
             **dict(zip(RATES, self.dropout, strict=True)),
             "bos_token_id": self.bos_token_id,
-            "eos_token_id": list(eos) if len(eos) > 1 else (eos[0] if eos else None),
+            "eos_token_id": as_written(self.eos_token_ids),
             "pad_token_id": self.pad_token_id,
             "use_cache": True,
         }

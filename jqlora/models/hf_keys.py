@@ -3,7 +3,7 @@
 Keys that do not change the network (``use_cache``, ``transformers_version``, ...) are ignored.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -94,3 +94,14 @@ class Reader:
         if name not in DTYPES:
             refuse(key, value, DTYPES)
         return name
+
+
+def under_own_names(hf: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
+    """The config with what only an alias says under its key as well, as transformers reads it."""
+    named = {key: hf[alias] for key, alias in aliases.items() if alias in hf and key not in hf}
+    return {**hf, **named}
+
+
+def as_written(tokens: Sequence[int]) -> int | list[int] | None:
+    """Token ids as config.json has them: one alone, several in a list, null for none."""
+    return list(tokens) if len(tokens) > 1 else (tokens[0] if tokens else None)

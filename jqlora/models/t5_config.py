@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jqlora.models.activations import ACTIVATIONS
-from jqlora.models.hf_keys import Reader, refuse
+from jqlora.models.hf_keys import Reader, as_written, refuse, under_own_names
 from jqlora.models.multi_head import Heads
 
 # what config.json may say instead, as transformers accepts it
@@ -126,8 +126,7 @@ class T5Config:
         name = hf.get("model_type")
         if name not in KINDS:
             refuse("model_type", name, KINDS)
-        named = {key: hf[alias] for key, alias in ALIASES.items() if alias in hf and key not in hf}
-        read = Reader({**hf, **named}, KINDS[name])
+        read = Reader(under_own_names(hf, ALIASES), KINDS[name])
         read.require("is_encoder_decoder", True)
         layers = read.positive("num_layers")
         tied = hf.get("tie_word_embeddings") is not False
@@ -160,7 +159,6 @@ class T5Config:
 
     def to_hf(self, spelling: str = "new") -> dict[str, Any]:
         """config.json for transformers; ``spelling`` "old" is that of transformers 4."""
-        eos = self.eos_token_ids
         hf: dict[str, Any] = {
             "architectures": [CLASSES[self.model_type]],
             "model_type": self.model_type,
@@ -181,7 +179,7 @@ class T5Config:
             "is_encoder_decoder": True,
             **dict(self.rates),
             "bos_token_id": self.bos_token_id,
-            "eos_token_id": list(eos) if len(eos) > 1 else (eos[0] if eos else None),
+            "eos_token_id": as_written(self.eos_token_ids),
             "pad_token_id": self.pad_token_id,
             "decoder_start_token_id": self.decoder_start_token_id,
             "use_cache": True,

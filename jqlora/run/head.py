@@ -13,17 +13,12 @@ from jqlora.errors import ConfigError
 from jqlora.io import fresh_head
 from jqlora.io.load import describe, describe_config
 from jqlora.io.source import WEIGHTS
+from jqlora.models.tasks import TRAINED_WHOLE
 from jqlora.quant.params import SKIP
 from jqlora.run import choices
 from jqlora.tasks import TASKS, Task
 from jqlora.types import Params
 
-OUTPUTS = {
-    "sequence-classification": ("classifier",),
-    "question-answering": ("qa_outputs",),
-    "seq2seq-lm": (),
-}
-"""The module that is trained whole for each head."""
 HEADS = ("pooler", "classifier", "qa_outputs")
 """Modules that a checkpoint of another head lacks."""
 
@@ -42,7 +37,9 @@ def choose(config: RunConfig) -> Chosen:
     asked, method = head_of(config), config.method
     fresh = fresh_modules(config.model.source, asked)
     if asked:
-        whole = dict.fromkeys([*method.modules_to_save, *OUTPUTS[asked["task"]], *fresh])
+        whole = dict.fromkeys(
+            [*method.modules_to_save, *TRAINED_WHOLE.get(asked["task"], ()), *fresh]
+        )
         method = dataclasses.replace(method, modules_to_save=tuple(whole))
     loading = {
         "quantize": choices.quantization(config.model.quantize),

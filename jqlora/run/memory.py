@@ -7,7 +7,6 @@ and libraries take of a device, see ``RESERVED``, and the memory of loading and 
 
 import dataclasses
 import importlib.util
-import math
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -22,7 +21,8 @@ from jqlora.optim.residence import planned, planned_residence
 from jqlora.quant import QTensor
 from jqlora.run import choices
 from jqlora.run.data import check_length
-from jqlora.run.head import choose, describe_model, ready
+from jqlora.run.head import choose, describe_model
+from jqlora.run.sizes import size_of
 from jqlora.train.loss import BATCH
 from jqlora.train.placement import compiled_bytes, lower_on
 from jqlora.train.state import TrainState
@@ -96,7 +96,6 @@ def compile_step(config: RunConfig, target: Target) -> Memory:
     chosen = choose(config)
     model, params = describe_model(config, chosen, weightless=True)
     check_length(config, model)
-    model = ready(config, model)
     cudnn = importlib.util.find_spec("nvidia.cudnn") is not None
     if model.attention == "auto" and not cudnn:
         model = model.clone(attention="xla")
@@ -142,8 +141,3 @@ def on_gpu(config: RunConfig) -> RunConfig:
 def named(target: Target) -> AbstractContextManager[Any]:
     """A context in which functions are traced for the device, not for this process's."""
     return jax.sharding.use_abstract_mesh(aot.mesh(target).abstract_mesh)
-
-
-def size_of(leaves: Any) -> int:
-    """Bytes of a tree of arrays or shapes."""
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(leaves))

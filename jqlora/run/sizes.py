@@ -119,7 +119,7 @@ def plan_run(config: RunConfig, *, weightless: bool = False) -> Sizes:
         plan=sites,
         budget=budget,
         base=footprint(params),
-        adapter_bytes=_bytes(adapters),
+        adapter_bytes=size_of(adapters),
         optimizer_bytes=state.device + (state.host if open else 0),
         host_bytes=0 if open else state.host,
         movable_bytes=state.host if open else 0,
@@ -143,5 +143,6 @@ def _cell(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _bytes(tree: Any) -> int:
+def size_of(tree: Any) -> int:
+    """Bytes of a tree of arrays or shapes."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
