@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from jqlora.merging import merge
     from jqlora.methods import AdaLoRA, LoRA, Plan
     from jqlora.quant import FP4, INT8, NF4, QTensor, footprint, quantize_params
+    from jqlora.stacking import stack
     from jqlora.train import TrainState, loss_for, make_train_step
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "quantize_params",
     "save_adapter",
     "save_pretrained",
+    "stack",
 ]
 
 _HOMES = {
@@ -72,6 +74,7 @@ _HOMES = {
     "jqlora.merging": ("merge",),
     "jqlora.methods": ("AdaLoRA", "LoRA", "Plan"),
     "jqlora.quant": ("FP4", "INT8", "NF4", "QTensor", "footprint", "quantize_params"),
+    "jqlora.stacking": ("stack",),
     "jqlora.train": ("TrainState", "loss_for", "make_train_step"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

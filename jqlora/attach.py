@@ -22,7 +22,6 @@ This is the one file that intercepts, and the one that another module system wou
 
 import dataclasses
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,14 +30,13 @@ import jax
 import jax.numpy as jnp
 
 from jqlora.errors import AdapterNotReached, UnsupportedSite
-from jqlora.methods import COLLECTIONS, FULL, Placement, Plan, assemble, method_of
+from jqlora.graft import INDEX, OURS, PREFIX, at, check_collections, dense, graft
+from jqlora.methods import FULL, Placement, Plan, assemble, method_of
+from jqlora.methods.by_row import ADAPTER_IDS, effect_by_row
 from jqlora.quant import QTensor, quantized_matmul
 from jqlora.sites import Observer, Survey, abstract, traced_and_static
-from jqlora.tree import flatten, fold_in_path, unflatten
+from jqlora.tree import flatten, unflatten
 from jqlora.types import Adapters, Params, Path, Variables
-
-PREFIX = "jqlora_"
-INDEX = PREFIX + "index"
 
 
 def plan(
@@ -111,11 +109,6 @@ def init(key: jax.Array, plan: Plan, params: Params | None = None) -> dict[str, 
     return unflatten(flat)
 
 
-def dense(leaf: Any) -> jax.Array:
-    """The matrix that a leaf of ``params`` stands for."""
-    return leaf.dequantize() if isinstance(leaf, QTensor) else leaf
-
-
 def bind(model: nn.Module, plan: Plan | None = None) -> "Bound":
     """A pure function ``apply(variables, *args, key=None, **kwargs)`` that interprets ``model``.
 
@@ -126,6 +119,9 @@ def bind(model: nn.Module, plan: Plan | None = None) -> "Bound":
 
     Raises :class:`AdapterNotReached` where a planned module was not called, unless the model itself
     says that such a call leaves it out, by a method ``leaves_out(path, *args, **kwargs)``.
+
+    With the plan and adapters of :func:`jqlora.stack`, ``variables["adapter_ids"]``, int32 [B],
+    says which of them serves each row of the inputs; -1 is none, the base alone.
 
     >>> apply = bind(model, plan)                                   # doctest: +SKIP
     >>> apply({"params": params, **adapters}, input_ids).logits     # doctest: +SKIP
@@ -163,13 +159,16 @@ class Bound:
         The planned modules that it called are added to ``reached``, for :meth:`check` after the
         last.
         """
-        _check_collections(variables, self.plan)
-        grafted, quantized = _graft(variables, self.plan.placements, key)
-        others = {n: v for n, v in variables.items() if n != "params" and n not in _OURS}
+        check_collections(variables, self.plan)
+        if ADAPTER_IDS in variables and key is not None:
+            raise ValueError("adapters that differ by row are for use, not for training: no key")
+        grafted, quantized = graft(variables, self.plan.placements, key)
+        others = {n: v for n, v in variables.items() if n != "params" and n not in OURS}
         by_path: dict[Path, list[Placement]] = {}
         for placement in self.plan.placements:
             by_path.setdefault(placement.site.path, []).append(placement)
-        with nn.intercept_methods(_Interpreter(by_path, quantized, reached)):
+        rows = variables.get(ADAPTER_IDS)
+        with nn.intercept_methods(_Interpreter(by_path, quantized, reached, rows)):
             return self.model.apply({"params": grafted, **others}, *args, **kwargs)
 
     def check(self, reached: set[Path]) -> None:
@@ -188,69 +187,9 @@ class Bound:
             method = method_of(spec)
             if method.penalty is not None:
                 placements = [p for p in self.plan.placements if p.spec == spec]
-                leaves = [_at(adapters[method.collection], p.site.path) for p in placements]
+                leaves = [at(adapters[method.collection], p.site.path) for p in placements]
                 total = total + method.penalty(leaves, placements)
         return total
-
-
-_OURS = COLLECTIONS | {FULL}
-
-
-def _check_collections(variables: Variables, plan: Plan) -> None:
-    planned = {method_of(placement.spec).collection for placement in plan.placements}
-    planned |= {FULL} if plan.full else set()
-    given = _OURS & set(variables)
-    if missing := sorted(planned - given):
-        raise ValueError(f"variables lack the planned collections {missing}: pass **adapters")
-    if extra := sorted(given - planned):
-        raise ValueError(f"variables hold {extra}, which the bound plan knows nothing of")
-
-
-def _graft(
-    variables: Variables, placements: Sequence[Placement], key: jax.Array | None
-) -> tuple[dict[str, Any], dict[Path, QTensor]]:
-    """The params tree to give the model, and the quantized kernels by module, left out of it."""
-    flat = override(variables["params"], variables.get(FULL, {}))
-    if taken := [path for path in flat if path[-1].startswith(PREFIX)]:
-        raise ValueError(f"parameter {'/'.join(taken[0])} has the reserved prefix {PREFIX}")
-    quantized: dict[Path, QTensor] = {}
-    for path in [p for p, leaf in flat.items() if isinstance(leaf, QTensor)]:
-        leaf = flat.pop(path)
-        if path[-1] != "kernel":
-            raise UnsupportedSite(f"{'/'.join(path)} is quantized, but only dense kernels can be")
-        quantized[path[:-1]] = leaf.flat_lead() if leaf.lead else leaf
-        if leaf.lead:
-            index = jnp.arange(math.prod(leaf.lead), dtype=jnp.int32).reshape(leaf.lead)
-            flat[(*path[:-1], INDEX)] = index
-    for placement in placements:
-        method, site = method_of(placement.spec), placement.site
-        leaves = dict(_at(variables[method.collection], site.path))
-        leaves |= {name: jnp.asarray(leaf) for name, leaf in method.constants(placement).items()}
-        if key is not None and placement.spec.dropout:
-            keys = jnp.stack([fold_in_path(key, tuple(n.split("."))) for n in site.names])
-            leaves["key"] = keys.reshape(site.lead)
-        for name, leaf in leaves.items():
-            flat[(*site.path, f"{PREFIX}{method.collection}_{name}")] = leaf
-    return unflatten(flat), quantized
-
-
-def override(params: Params, full: Adapters) -> dict[Path, Any]:
-    """Flat ``params`` with the leaves of ``full`` in place of the originals, in the originals'
-    dtype."""
-    flat = flatten(params)
-    for path, leaf in flatten(full).items():
-        if path not in flat:
-            raise ValueError(f"full/{'/'.join(path)} overrides no parameter of the model")
-        flat[path] = leaf.astype(flat[path].dtype)
-    return flat
-
-
-def _at(tree: Adapters, path: Path) -> Mapping[str, Any]:
-    for name in path:
-        if name not in tree:
-            raise ValueError(f"the adapters hold no leaves for {'.'.join(path)}")
-        tree = tree[name]
-    return tree
 
 
 @dataclasses.dataclass
@@ -260,6 +199,7 @@ class _Interpreter:
     placements: Mapping[Path, Sequence[Placement]]
     quantized: Mapping[Path, QTensor]
     reached: set[Path]
+    rows: jax.Array | None
 
     def __call__(
         self,
@@ -296,6 +236,8 @@ class _Interpreter:
         if site.kind == "dense":
             x = x.reshape(*x.shape[: x.ndim - len(site.shape_in)], site.features_in)
         flat = y.reshape(*y.shape[: y.ndim - len(site.shape_out)], site.features_out)
+        if self.rows is not None:
+            return effect_by_row(placement, self.rows, x, flat, leaves).reshape(y.shape)
         return method.effect(x, flat, leaves, placement, key).reshape(y.shape)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jqlora.attach import dense, override
 from jqlora.errors import MergeError
+from jqlora.graft import dense, override
 from jqlora.methods import FULL, Placement, Plan, method_of
 from jqlora.quant import GroupInt, QTensor, quantize, with_layout
 from jqlora.tree import flatten, unflatten

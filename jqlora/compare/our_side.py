@@ -17,8 +17,9 @@ import optax
 from safetensors.numpy import load_file
 
 from jqlora import optim
-from jqlora.attach import bind, dense, init
+from jqlora.attach import bind, init
 from jqlora.compare.observation import Arrays, Batch, Observation, Recipe, seen_in
+from jqlora.graft import dense
 from jqlora.io.peft import WEIGHTS_FILE, save_adapter
 from jqlora.methods import FULL, LoRA, Plan
 from jqlora.models.tasks import TRAINED_WHOLE

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jqlora.generation.decode import Apply, advance_once, decode
-from jqlora.generation.request import Request
+from jqlora.generation.request import Request, served_by
 from jqlora.generation.sampling import Sampling
 from jqlora.types import Variables
 
@@ -33,6 +33,7 @@ def generate(
     top_p: float = 1.0,
     repetition_penalty: float = 1.0,
     key: jax.Array | None = None,
+    adapter_ids: Any = None,
 ) -> jax.Array:
     """New tokens int32 [B, max_new_tokens]; after a row's first end token come ``pad_id``.
 
@@ -45,7 +46,12 @@ def generate(
     An encoder-decoder reads ``input_ids``, padded on either side, with its encoder, once, and
     writes behind ``decoder_start_token_id``. First and last token are those that its config forces,
     if any, and ``pad_id`` defaults to the config's. There is no beam search.
+
+    With the plan and adapters of ``jq.stack``, ``adapter_ids`` int32 [B] says which of them serves
+    each row; -1 is none, the base alone. Rows do not see each other.
     """
+    if adapter_ids is not None:
+        variables = served_by(variables, adapter_ids, rows=len(input_ids))
     request = Request(
         model=model,
         max_new_tokens=max_new_tokens,

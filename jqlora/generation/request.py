@@ -10,6 +10,8 @@ import numpy as np
 from jqlora.errors import ConfigError
 from jqlora.generation.decode import Apply, Program, State, prefill
 from jqlora.generation.sampling import Sampling
+from jqlora.graft import CONSTANTS
+from jqlora.methods.by_row import ADAPTER_IDS
 from jqlora.types import Variables
 
 SMALLEST_BUCKET = 32
@@ -117,3 +119,21 @@ class Request:
                 f"for at most {switch - prompt + 1} new tokens after a prompt of {prompt}, or give "
                 f"one of more than {switch}"
             )
+
+
+def served_by(variables: Variables, adapter_ids: Any, *, rows: int) -> dict[str, Any]:
+    """``variables`` of a stack of adapters with the one that serves each row.
+
+    Raises ConfigError where there is no stack, or the numbers are not those of its adapters.
+    """
+    ids = np.asarray(adapter_ids)
+    if CONSTANTS not in variables:
+        raise ConfigError("adapter_ids needs several adapters: give what jq.stack makes of them")
+    count = len(jax.tree.leaves(variables[CONSTANTS])[0])
+    known = ids.dtype.kind == "i" and ids.shape == (rows,) and ((ids >= -1) & (ids < count)).all()
+    if not known:
+        raise ConfigError(
+            f"adapter_ids={ids.tolist()}: give one whole number for each of the {rows} rows, "
+            f"0 to {count - 1} for an adapter, -1 for none"
+        )
+    return {**variables, ADAPTER_IDS: ids.astype(np.int32)}

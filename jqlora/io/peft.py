@@ -23,8 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from jqlora.attach import dense, init, inspect_model, quantized_paths
+from jqlora.attach import init, inspect_model, quantized_paths
 from jqlora.errors import AdapterFileError, CheckpointError
+from jqlora.graft import dense
 from jqlora.io.atomic import atomic_directory, atomic_write_json
 from jqlora.io.peft_config import CONFIG_FILE, PREFIX, write_config
 from jqlora.io.peft_spec import read_config, read_spec

@@ -37,7 +37,7 @@ from jqlora.methods.base import (
     freeze,
     items,
 )
-from jqlora.methods.low_rank import add_low_rank, check_rank_fits
+from jqlora.methods.low_rank import add_low_rank, check_rank_fits, low_rank_constants
 from jqlora.tree import fold_in_path, nearest
 
 ORTHOGONALITY = ("peft", "paper")
@@ -177,8 +177,8 @@ def scale_of(spec: AdaLoRA) -> float:
 
 
 def constants(placement: Placement) -> dict[str, Any]:
-    """``scale [*lead]`` fp32."""
-    return {"scale": np.full(placement.site.lead, scale_of(placement.spec), np.float32)}
+    """Those of :func:`~jqlora.methods.low_rank.low_rank_constants`."""
+    return low_rank_constants(placement, [scale_of(placement.spec)] * len(placement.layers))
 
 
 def effect(
@@ -188,7 +188,7 @@ def effect(
     accumulation."""
     weighted = (leaves["p"] * leaves["lam"]).astype(y.dtype)
     q = leaves["q"].astype(y.dtype)
-    return add_low_rank(x, y, weighted, q, leaves["scale"], placement, key)
+    return add_low_rank(x, y, weighted, q, leaves, placement, key)
 
 
 def delta(leaves: Leaves, placement: Placement) -> jax.Array:

@@ -22,7 +22,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jqlora.errors import ConfigError
 from jqlora.methods.base import (
@@ -34,7 +33,7 @@ from jqlora.methods.base import (
     freeze,
     items,
 )
-from jqlora.methods.low_rank import add_low_rank, check_rank_fits
+from jqlora.methods.low_rank import add_low_rank, check_rank_fits, low_rank_constants
 from jqlora.methods.targeting import check_pattern, pattern_value
 from jqlora.tree import fold_in_path
 
@@ -169,8 +168,8 @@ def _draw(
 
 
 def constants(placement: Placement) -> dict[str, Any]:
-    """``scale [*lead]`` fp32."""
-    return {"scale": np.asarray(scales(placement), np.float32).reshape(placement.site.lead)}
+    """Those of :func:`~jqlora.methods.low_rank.low_rank_constants`."""
+    return low_rank_constants(placement, scales(placement))
 
 
 def effect(
@@ -178,7 +177,7 @@ def effect(
 ) -> jax.Array:
     """y + s · (x a) b in y's dtype; the products take y's dtype and accumulate in fp32."""
     a, b = leaves["a"].astype(y.dtype), leaves["b"].astype(y.dtype)
-    return add_low_rank(x, y, a, b, leaves["scale"], placement, key)
+    return add_low_rank(x, y, a, b, leaves, placement, key)
 
 
 def delta(leaves: Leaves, placement: Placement) -> jax.Array:

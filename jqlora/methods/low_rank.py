@@ -6,13 +6,15 @@ on a CPU costs as much as the products. Here the narrow operand, [M, R], is the 
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jqlora.errors import UnsupportedSite
-from jqlora.methods.base import Placement
+from jqlora.methods.base import Leaves, Placement
 
 
 @jax.custom_vjp
@@ -54,25 +56,34 @@ def add_low_rank(
     y: jax.Array,
     a: jax.Array,
     b: jax.Array,
-    scale: jax.Array,
+    leaves: Leaves,
     placement: Placement,
     key: jax.Array | None,
 ) -> jax.Array:
     """``y + scale · (x a) b`` for one layer of a site; a row of ``a`` per token in an embedding.
 
-    ``x`` and ``y`` are the module's input and output, ``a`` and ``b`` have y's dtype. ``key`` is
-    for the dropout of x, which embeddings have none of; None is none.
+    ``x`` and ``y`` are the module's input and output, ``a`` and ``b`` have y's dtype; ``leaves``
+    hold :func:`low_rank_constants`. ``key`` is for the dropout of x, which embeddings have none of;
+    None is none.
     """
+    scale = leaves["scale"]
     if placement.site.kind == "embed":
         h = jnp.take(a, x, axis=0).astype(jnp.float32) * scale
         return y + h.astype(y.dtype) @ b
     x = x.astype(y.dtype)
-    rate = placement.spec.dropout
-    if rate and key is not None:
-        keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-        x = jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
+    if key is not None and "dropout" in leaves:
+        share = 1.0 - leaves["dropout"]
+        keep = jax.random.bernoulli(key, share, x.shape)
+        x = jnp.where(keep, x / share.astype(x.dtype), jnp.zeros((), x.dtype))
     tokens = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     return y + low_rank(tokens, a, b, scale).reshape(y.shape)
+
+
+def low_rank_constants(placement: Placement, scales: Sequence[float]) -> dict[str, np.ndarray]:
+    """``scale [*lead]`` of every layer and, where there is any, ``dropout [*lead]``; fp32."""
+    lead, rate = placement.site.lead, placement.spec.dropout
+    found = {"scale": np.asarray(scales, np.float32).reshape(lead)}
+    return found | ({"dropout": np.full(lead, rate, np.float32)} if rate else {})
 
 
 def check_rank_fits(rank: int, placement: Placement) -> None:

@@ -9,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from jqlora.attach import bind, dense, init, plan
+from jqlora.attach import bind, init, plan
 from jqlora.errors import NoSiteMatched
+from jqlora.graft import dense
 from jqlora.io.peft import load_adapter, save_adapter
 from jqlora.merging import merge
 from jqlora.methods import AdaLoRA, LoRA, method_of
