@@ -28,6 +28,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jqlora.errors import AdapterNotReached, UnsupportedSite
 from jqlora.graft import INDEX, OURS, PREFIX, at, check_collections, dense, graft
@@ -85,18 +86,21 @@ def inspect_model(model: nn.Module, params: Params, *args: Any, **kwargs: Any) -
     return observer.survey()
 
 
-def init(key: jax.Array, plan: Plan, params: Params | None = None) -> dict[str, Any]:
-    """Fresh adapters, fp32: ``{"lora": {path: {"a", "b"}}, "full": {path: leaf}}``.
+def init(
+    key: jax.Array, plan: Plan, params: Params | None = None, *, dtype: DTypeLike = "float32"
+) -> dict[str, Any]:
+    """Fresh adapters: ``{"lora": {path: {"a", "b"}}, "full": {path: leaf}}``.
 
     Numbers depend on ``key`` and the layer's name alone, so they are the same for a scanned and an
     unscanned model, and adding a target leaves the others unchanged. ``params`` is needed only
-    where the plan trains parameters whole: ``full`` starts as their copy.
+    where the plan trains parameters whole: ``full`` starts as their copy. ``dtype`` is float32 or
+    bfloat16, see :mod:`jqlora.optim.rounding` for how the latter is trained.
     """
     flat: dict[Path, jax.Array] = {}
     for placement in plan.placements:
         method = method_of(placement.spec)
         for name, leaf in method.init(key, placement).items():
-            flat[(method.collection, *placement.site.path, name)] = leaf
+            flat[(method.collection, *placement.site.path, name)] = leaf.astype(dtype)
     if plan.full:
         if params is None:
             raise ValueError(
@@ -105,7 +109,7 @@ def init(key: jax.Array, plan: Plan, params: Params | None = None) -> dict[str, 
         base = flatten(params)
         for leaf in plan.full:
             # a real copy, which a donated training step may overwrite
-            flat[(FULL, *leaf.path)] = jnp.array(dense(base[leaf.path]), jnp.float32, copy=True)
+            flat[(FULL, *leaf.path)] = jnp.array(dense(base[leaf.path]), dtype, copy=True)
     return unflatten(flat)
 
 

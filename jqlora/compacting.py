@@ -68,6 +68,8 @@ def as_lora(plan: Plan, adapters: Adapters) -> tuple[Plan, dict[str, Any]]:
         left = tuple(rank > 0 for rank in ranks(placement))
         if any(left):
             placements.append(Placement(placement.site, specs[placement.spec], left))
+            # in fp32: the product of what bfloat16 holds is not held by it
+            p, lam, q = (leaf.astype(jnp.float32) for leaf in (p, lam, q))
             flat["lora", *placement.site.path, "a"] = p * lam * scale_of(placement.spec)
             flat["lora", *placement.site.path, "b"] = q
     return dataclasses.replace(plan, placements=tuple(placements)), unflatten(flat)

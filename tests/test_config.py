@@ -176,8 +176,10 @@ def test_a_resolved_config_reads_back_equal(base, tmp_path):
 
 
 def test_the_settings_of_lora_are_those_of_the_spec():
-    ours = {f.name: f.default for f in dataclasses.fields(schema.LoRAConfig) if f.name != "name"}
+    ours = {f.name: f.default for f in dataclasses.fields(schema.LoRAConfig)}
     theirs = {f.name: f.default for f in dataclasses.fields(LoRA)}
+    # which method, and what jq.init is told
+    assert (ours.pop("name"), ours.pop("dtype")) == ("lora", "float32")
     assert ours.keys() == theirs.keys()
     simple = [name for name in ours if not name.endswith("_pattern")]
     assert {name: ours[name] for name in simple} == {name: theirs[name] for name in simple}

@@ -36,6 +36,8 @@ class LoRAConfig:
     """Scale by alpha / sqrt(r) instead."""
     modules_to_save: tuple[str, ...] = ()
     """Modules trained whole, such as a new head."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """In which the adapters are kept; bfloat16 is half the bytes, rounded stochastically."""
     init: Literal["kaiming", "gaussian"] = "kaiming"
     """How the first factor starts; the second starts at zero."""
 
@@ -67,6 +69,8 @@ class AdaLoRAConfig:
     """Numbers of the layers to adapt; null is all."""
     modules_to_save: tuple[str, ...] = ()
     """Modules trained whole, such as a new head."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """In which the adapters are kept; bfloat16 is half the bytes, rounded stochastically."""
     orthogonality: Literal["peft", "paper"] = "peft"
     """Penalty on P and Q: the mean of the norms, or the sum of their squares."""
     orthogonality_weight: NonNegative = 0.5

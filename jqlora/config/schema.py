@@ -117,8 +117,11 @@ class TrainConfig:
     """How the learning rate falls after the warm-up."""
     warmup: Count = 0
     """Updates over which the learning rate rises from zero."""
-    optimizer: Literal["adamw", "adamw8bit", "lion", "lion8bit", "sgd", "adafactor"] = "adamw"
-    """The rule of the update; ``8bit`` stores moments in a quarter of the bytes."""
+    optimizer: Literal[
+        "adamw", "adamw16bit", "adamw8bit", "lion", "lion16bit", "lion8bit", "sgd", "adafactor"
+    ] = "adamw"
+    """The rule of the update; ``16bit`` and ``8bit`` store moments in half or a quarter of the
+    bytes."""
     betas: tuple[Share, Share] | None = None
     """Decay rates of the moments; null is AdamW's (0.9, 0.999) or Lion's (0.9, 0.99)."""
     offload: Literal["none", "auto", "all"] = "none"

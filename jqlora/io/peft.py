@@ -21,6 +21,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
 from jqlora.attach import init, inspect_model, quantized_paths
@@ -80,8 +81,8 @@ def save_adapter(
 ) -> None:
     """Write a directory that ``PeftModel.from_pretrained`` reads; it replaces an earlier one whole.
 
-    Tensors are written in fp32. Raises :class:`AdapterFileError` for a plan that PEFT cannot
-    express.
+    Tensors have the adapters' dtypes; bfloat16 is PEFT's with ``autocast_adapter_dtype=False``.
+    Raises :class:`AdapterFileError` for a plan that PEFT cannot express.
     """
     names = _hf_names(model)
     refuse_shared(plan, model)
@@ -89,7 +90,7 @@ def save_adapter(
     entries = _entries(plan, names)
     tensors: dict[str, np.ndarray] = {}
     for entry in entries:
-        part = np.asarray(flat[entry.path], np.float32)[entry.place()]
+        part = np.asarray(flat[entry.path])[entry.place()]
         tensors[entry.name] = np.ascontiguousarray(part.T if entry.transpose else part)
     tied = tied_embedding(plan, model)
     if tied is not None:
@@ -110,9 +111,10 @@ def save_adapter(
 
 
 def load_adapter(
-    path: str | os.PathLike, model: nn.Module, params: Params
+    path: str | os.PathLike, model: nn.Module, params: Params, *, dtype: DTypeLike = "float32"
 ) -> tuple[Plan, dict[str, Any]]:
-    """``(plan, adapters)`` from a PEFT directory, LoRA or AdaLoRA, for ``model``; leaves are fp32.
+    """``(plan, adapters)`` from a PEFT directory, LoRA or AdaLoRA, for ``model``; leaves are
+    ``dtype``, to which PEFT's ``autocast_adapter_dtype`` takes them as well.
 
     ``params`` may be quantized; its values matter only where the file brings base weights of its
     own (PEFT writes them with adapted embeddings), which go to ``full`` if they differ. Raises
@@ -138,7 +140,7 @@ def load_adapter(
         flat[entry.path][entry.place()] = part.T if entry.transpose else part
     if bases:
         plan = _take_base_weights(plan, flat, bases, reader, names, survey, params)
-    return plan, unflatten({p: jnp.asarray(leaf) for p, leaf in flat.items()})
+    return plan, unflatten({p: jnp.asarray(leaf, dtype) for p, leaf in flat.items()})
 
 
 def _hf_names(model: nn.Module) -> dict[tuple[TreePath, int | None], HFName]:

@@ -186,7 +186,8 @@ def effect(
 ) -> jax.Array:
     """y + s · (x PΛ) Q in y's dtype; PΛ is taken in fp32, the products in y's dtype with fp32
     accumulation."""
-    weighted = (leaves["p"] * leaves["lam"]).astype(y.dtype)
+    p, lam = (leaves[name].astype(jnp.float32) for name in ("p", "lam"))
+    weighted = (p * lam).astype(y.dtype)
     q = leaves["q"].astype(y.dtype)
     return add_low_rank(x, y, weighted, q, leaves, placement, key)
 
@@ -205,7 +206,7 @@ def penalty(leaves: Sequence[Leaves], placements: Sequence[Placement]) -> jax.Ar
     squares = []  # of the distance of each Gram matrix from the identity
     for leaf, placement in zip(leaves, placements, strict=True):
         identity = np.eye(leaf["lam"].shape[-1], dtype=np.float32) * used(placement)[..., None]
-        p, q = leaf["p"], leaf["q"]
+        p, q = (leaf[name].astype(jnp.float32) for name in ("p", "q"))
         for gram in (p.mT @ p, q @ q.mT):
             squares.append(jnp.sum((gram - identity) ** 2, axis=(-2, -1)).ravel())
     distances = jnp.concatenate(squares)

@@ -69,7 +69,8 @@ class Method:
     ``parameters(placement)``
         How many numbers are trained there, padding left out.
     ``init(key, placement)``
-        Trainable leaves, fp32, each with the site's lead axes in front.
+        Trainable leaves as they are drawn, fp32, each with the site's lead axes in front. Below,
+        leaves may be bfloat16.
     ``constants(placement)``
         What the effect needs beside them: arrays ``[*lead, ...]`` that are not trained.
     ``effect(x, y, leaves, placement, key)``

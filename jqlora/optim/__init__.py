@@ -6,9 +6,10 @@ Nothing here replaces optax. Any ``optax.GradientTransformation`` can be handed 
 
 from jqlora.optim.adalora import adalora
 from jqlora.optim.by_factor import lora_fa, lora_plus
-from jqlora.optim.chains import adafactor, adamw, decayed, lion, sgd
+from jqlora.optim.chains import adafactor, adamw, clipped, decayed, lion, sgd
 from jqlora.optim.eight_bit import eight_bit
 from jqlora.optim.offload import offload
+from jqlora.optim.rounding import sixteen_bit
 from jqlora.optim.schedules import SCHEDULES, constant, cosine, linear
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "adafactor",
     "adalora",
     "adamw",
+    "clipped",
     "constant",
     "cosine",
     "decayed",
@@ -26,4 +28,5 @@ __all__ = [
     "lora_plus",
     "offload",
     "sgd",
+    "sixteen_bit",
 ]

@@ -30,6 +30,7 @@ from jqlora.optim.budget import Budget
 from jqlora.optim.offload import Offload
 from jqlora.optim.offload import offload as offloaded
 from jqlora.optim.residence import mark
+from jqlora.optim.rounding import as_float32
 from jqlora.optim.sensitivity import Sensitivity, sensitivity, triplet_scores
 from jqlora.tree import flatten, unflatten
 from jqlora.types import Path, PyTree
@@ -132,7 +133,7 @@ def adalora(
 
     def init(params: Any) -> AdaLoRAState:
         _check_whole(params, real)
-        means: Any = followed.init(params[COLLECTION])
+        means: Any = followed.init(as_float32(params[COLLECTION]))
         return AdaLoRAState(
             inner=inner.init(params),
             count=jnp.zeros((), jnp.int32),
@@ -161,7 +162,9 @@ def adalora(
         if rule.importance_freezes:
             smooth = count < budget.frozen_from
         means: Any = Sensitivity(state.importance, state.uncertainty)
-        entries, means = followed.update(gradients[COLLECTION], means, weights, smooth=smooth)
+        entries, means = followed.update(
+            as_float32(gradients[COLLECTION]), means, as_float32(weights), smooth=smooth
+        )
         scores = triplet_scores(entries)
 
         def choose() -> PyTree:

@@ -5,14 +5,19 @@ off the device; both are wrappers around it. All else is stateless arithmetic th
 the update of the adapters.
 """
 
+from typing import Literal, TypeAlias
+
 import optax
 
-from jqlora.optim.eight_bit import Bits, eight_bit
+from jqlora.optim.eight_bit import eight_bit
 from jqlora.optim.offload import DEVICE, HOST, Offload, offload
 from jqlora.optim.residence import marked
+from jqlora.optim.rounding import in_float32, sixteen_bit
 from jqlora.tree import flatten, unflatten
 from jqlora.types import Adapters, PyTree
 
+Bits: TypeAlias = Literal[8, 16, 32]
+"""Of a stored moment."""
 SPARED = frozenset({"bias", "scale", "lam"})
 """Leaves that weight decay leaves alone: biases, the gains of norms, and AdaLoRA's Λ, which would
 otherwise be drawn to the zero that means pruned."""
@@ -38,13 +43,15 @@ def adamw(
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2) after global-norm clipping.
 
-    Moments have the dtype of the adapters (fp32). The decay is ``learning_rate * weight_decay`` per
-    update, on the leaves that :func:`decayed` names. ``max_grad_norm=None`` leaves gradients whole.
+    Moments are fp32, those of adapters in bfloat16 too (:mod:`~jqlora.optim.rounding`). The decay
+    is ``learning_rate * weight_decay`` per update, on the leaves that :func:`decayed` names.
+    ``max_grad_norm=None`` leaves gradients whole.
 
     ``bits=8`` stores the moments of larger leaves as bitsandbytes' AdamW8bit does
-    (:func:`~jqlora.optim.eight_bit`). ``offload`` keeps them in the host's memory: ``"all"`` of
-    them, or with ``"auto"`` those that the step's compiled memory leaves no room for on the device,
-    decided at its first call (:func:`~jqlora.optim.offload`).
+    (:func:`~jqlora.optim.eight_bit`), ``bits=16`` all of them in bfloat16. ``offload`` keeps them
+    in the host's memory: ``"all"`` of them, or with ``"auto"`` those that the step's compiled
+    memory leaves no room for on the device, decided at its first call
+    (:func:`~jqlora.optim.offload`).
 
     >>> tx = adamw(cosine(2e-4, steps=1000, warmup=30), weight_decay=0.01)  # doctest: +SKIP
     """
@@ -114,6 +121,11 @@ def adafactor(
     return _chain(direction, learning_rate, weight_decay, max_grad_norm, 32, "none")
 
 
+def clipped(norm: float) -> optax.GradientTransformationExtraArgs:
+    """Gradients scaled down to this global norm, which is taken in fp32."""
+    return in_float32(optax.clip_by_global_norm(norm))
+
+
 def _chain(
     direction: optax.GradientTransformation,
     learning_rate: optax.ScalarOrSchedule,
@@ -122,16 +134,12 @@ def _chain(
     bits: Bits,
     where: Offload,
 ) -> optax.GradientTransformationExtraArgs:
-    if bits == 8:
-        direction = eight_bit(direction)
-    if where != "none" or bits == 8:
+    direction = {8: eight_bit, 16: sixteen_bit, 32: in_float32}[bits](direction)
+    if where != "none" or bits != 32:
         direction = offload(direction, home=DEVICE if where == "none" else HOST)
-    links = [
-        optax.identity() if max_grad_norm is None else optax.clip_by_global_norm(max_grad_norm)
-    ]
-    links.append(direction)
+    links = [optax.identity() if max_grad_norm is None else clipped(max_grad_norm), direction]
     if weight_decay:
-        links.append(optax.add_decayed_weights(weight_decay, mask=decayed))
-    links.append(optax.scale_by_learning_rate(learning_rate))
+        links.append(in_float32(optax.add_decayed_weights(weight_decay, mask=decayed)))
+    links.append(in_float32(optax.scale_by_learning_rate(learning_rate)))
     links.append(marked(open=where == "auto"))
     return optax.chain(*links)

@@ -3,24 +3,24 @@
 Dettmers et al., "8-bit Optimizers via Block-wise Quantization" (arXiv 2110.02861), with the tables
 and the sizes of bitsandbytes: blocks of 256 elements share one fp32 scale, signed moments take the
 signed dynamic map, moments that are never negative the unsigned one, and small tensors stay as they
-are. An update decodes the moments, lets the inner optimizer work in their own dtype, and encodes
-what it returns; the update itself is made before anything is rounded.
+are, in fp32. An update decodes the moments, lets the inner optimizer work in fp32, and encodes what
+it returns; the update itself is made before anything is rounded.
 """
 
 from collections.abc import Collection
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 
+from jqlora.optim.rounding import in_float32
 from jqlora.quant.codebooks import dynamic_map
 from jqlora.types import PyTree
 from jqlora_kernels.dequantize_blockwise import dequantize_blockwise
 from jqlora_kernels.quantize_blockwise import quantize_blockwise
 
-Bits: TypeAlias = Literal[8, 32]
 BLOCK = 256
 SMALLEST = 4096
 NEVER_NEGATIVE = ("nu", "v", "sum_of_squares")
@@ -78,7 +78,7 @@ def eight_bit(
 
     >>> tx = optax.chain(eight_bit(optax.scale_by_adam()), optax.scale(-1e-3))  # doctest: +SKIP
     """
-    inner = optax.with_extra_args_support(inner)
+    inner = in_float32(inner)
 
     def encode(path: Any, leaf: Any) -> Any:
         if leaf.size < smallest or not jnp.issubdtype(leaf.dtype, jnp.floating):

@@ -65,8 +65,10 @@ def schedule(config: TrainConfig, total_steps: int) -> optax.Schedule:
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adamw": optim.adamw,
+    "adamw16bit": functools.partial(optim.adamw, bits=16),
     "adamw8bit": functools.partial(optim.adamw, bits=8),
     "lion": optim.lion,
+    "lion16bit": functools.partial(optim.lion, bits=16),
     "lion8bit": functools.partial(optim.lion, bits=8),
     "sgd": optim.sgd,
     "adafactor": optim.adafactor,
@@ -106,7 +108,7 @@ def optimizer_of(config: RunConfig, plan: Plan, total_steps: int) -> optax.Gradi
         return optim.adalora(optimizer(train, total_steps), plan, **ranks)
     unclipped = dataclasses.replace(train, max_grad_norm=None)
     return optax.chain(
-        optax.clip_by_global_norm(train.max_grad_norm),
+        optim.clipped(train.max_grad_norm),
         optim.adalora(optimizer(unclipped, total_steps), plan, **ranks),
     )
 

@@ -15,7 +15,12 @@ from jqlora.train.usage import readable_bytes
 from jqlora_kernels.aot_targets import Target
 
 Say = Callable[[str], None]
-EIGHT_BIT = {"adamw": "adamw8bit", "lion": "lion8bit"}
+EIGHT_BIT = {
+    "adamw": "adamw8bit",
+    "adamw16bit": "adamw8bit",
+    "lion": "lion8bit",
+    "lion16bit": "lion8bit",
+}
 SHORTEST, SMALLEST_RANK = 128, 4
 
 
@@ -50,6 +55,8 @@ def changes(config: RunConfig) -> Iterator[Change]:
         yield Change("model.quantize", QuantizeConfig(), "the base in 4 bits: QLoRA")
     if train.offload != "all" and train.optimizer not in ("sgd", "adafactor"):
         yield Change("train.offload", "all", "moments in host memory, the same numbers")
+    if config.method.dtype != "bfloat16":
+        yield Change("method.dtype", "bfloat16", "adapters in half the bytes, rounded at random")
     if train.optimizer in EIGHT_BIT:
         yield Change("train.optimizer", EIGHT_BIT[train.optimizer], "moments in 8 bits")
     while length // 2 >= SHORTEST:

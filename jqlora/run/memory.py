@@ -105,7 +105,7 @@ def compile_step(config: RunConfig, target: Target) -> Memory:
     def create() -> TrainState:
         key = jax.random.key(0)
         base = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), params)
-        return TrainState.create(init(key, sites, base), tx, key)
+        return TrainState.create(init(key, sites, base, dtype=config.method.dtype), tx, key)
 
     shape = (config.train.batch_size, config.data.length)
     batch = dict.fromkeys(BATCH, jax.ShapeDtypeStruct(shape, jnp.int32))

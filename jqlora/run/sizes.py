@@ -104,7 +104,8 @@ def plan_run(config: RunConfig, *, weightless: bool = False) -> Sizes:
     model, params = describe_model(config, chosen, weightless=weightless)
     check_length(config, model)
     sites = plan(model, params, choices.adapter_spec(chosen.method))
-    adapters = jax.eval_shape(lambda base: init(jax.random.key(0), sites, base), params)
+    dtype = config.method.dtype
+    adapters = jax.eval_shape(lambda b: init(jax.random.key(0), sites, b, dtype=dtype), params)
     # how many steps the epochs make is not known before the data are read
     steps = config.train.steps or 2**17
     budget = None

@@ -90,7 +90,9 @@ def _train(config: RunConfig, run: RunDirectory, prepared: Prepared, say: Say) -
     total = data.loader.total_steps
     adapter_key, state_key = jax.random.split(jax.random.key(config.train.seed))
     tx = choices.optimizer_of(config, session.plan, total)
-    state = TrainState.create(init(adapter_key, session.plan, session.params), tx, state_key)
+    state = TrainState.create(
+        init(adapter_key, session.plan, session.params, dtype=config.method.dtype), tx, state_key
+    )
     checkpoints = Checkpoints(run.checkpoints, keep=config.train.keep, say=say)
     checkpoints.clean()
     restored = checkpoints.restore_latest(state)

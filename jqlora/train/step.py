@@ -3,8 +3,8 @@
 Three decisions are worth knowing. The frozen base is an argument, neither differentiated nor closed
 over: a closure would bake its gigabytes into the program as constants. The state is donated, so the
 new adapters and moments take the place of the old ones. And gradient accumulation sums gradients of
-*summed* losses and divides once by the token count of the whole batch, so ``accumulate`` changes
-memory and time but not the result (beyond the order of fp32 additions).
+*summed* losses, in fp32, and divides once by the token count of the whole batch, so ``accumulate``
+changes memory and time but not the result (beyond the order of fp32 additions).
 """
 
 from collections.abc import Callable
@@ -15,10 +15,12 @@ import jax.numpy as jnp
 import optax
 
 from jqlora.errors import ConfigError
+from jqlora.optim.rounding import apply_updates
 from jqlora.train.allocation import allocation_metrics, check_complete
 from jqlora.train.loss import Batch, causal_lm_loss
 from jqlora.train.placement import PlacedStep
 from jqlora.train.state import TrainState
+from jqlora.tree import fold_in_path
 from jqlora.types import Params
 
 Metrics = dict[str, jax.Array]
@@ -62,42 +64,57 @@ def make_train_step(
     def step(state: TrainState, params: Params, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
 
-        def add_micro_batch(carry, item):
-            gradients, total, count = carry
-            index, micro_batch = item
-            (value, tokens), more = jax.value_and_grad(summed_loss, has_aux=True)(
+        def summed(micro_batch: Batch, index: jax.Array):
+            return jax.value_and_grad(summed_loss, has_aux=True)(
                 state.adapters, params, micro_batch, jax.random.fold_in(key, index)
             )
-            return (jax.tree.map(jnp.add, gradients, more), total + value, count + tokens), None
+
+        def add_micro_batch(carry, item):
+            gradients, total, count = carry
+            (value, tokens), more = summed(*item)
+            gradients = jax.tree.map(lambda g, m: g + m.astype(g.dtype), gradients, more)
+            return (gradients, total + value, count + tokens), None
 
         zero = jnp.zeros((), jnp.float32)
-        start = (jax.tree.map(jnp.zeros_like, state.adapters), zero, zero)
-        items = (jnp.arange(accumulate), split_batch(batch, accumulate))
-        (gradients, total, count), _ = jax.lax.scan(
-            add_micro_batch, start, items, unroll=accumulate == 1
-        )
+        parts = split_batch(batch, accumulate)
+        if accumulate == 1:
+            part = jax.tree.map(lambda leaf: leaf[0], parts)
+            (total, count), gradients = summed(part, jnp.int32(0))
+        else:
+            start = (jax.tree.map(_zeros, state.adapters), zero, zero)
+            items = (parts, jnp.arange(accumulate))
+            (gradients, total, count), _ = jax.lax.scan(add_micro_batch, start, items)
         share = 1.0 / jnp.maximum(count, 1.0)
-        gradients = jax.tree.map(lambda g: g * share.astype(g.dtype), gradients)
+        gradients = jax.tree.map(lambda g: (_float32(g) * share).astype(g.dtype), gradients)
 
         extra = zero
         check_complete(apply, state)
         if penalty is not None:
             extra, more = jax.value_and_grad(penalty)(state.adapters)
-            gradients = jax.tree.map(jnp.add, gradients, more)
+            gradients = jax.tree.map(lambda g, m: g + m.astype(g.dtype), gradients, more)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and floats
             updates, opt_state = tx.update(gradients, state.opt_state, state.adapters)
         metrics = {
             "loss": total * share,
             "penalty": extra,
-            "grad_norm": optax.tree.norm(gradients),
+            "grad_norm": optax.tree.norm(jax.tree.map(_float32, gradients)),
             "tokens": count,
         }
-        adapters: Any = optax.apply_updates(state.adapters, updates)
+        rounding = fold_in_path(key, ("rounding",))
+        adapters: Any = apply_updates(state.adapters, updates, rounding)
         metrics |= allocation_metrics(opt_state, adapters)
         return TrainState(state.step + 1, adapters, opt_state, state.key), metrics
 
     jitted = jax.jit(step, donate_argnums=0)
     return PlacedStep(jitted, device_bytes=device_bytes, say=say)
+
+
+def _float32(leaf: jax.Array) -> jax.Array:
+    return leaf.astype(jnp.float32)
+
+
+def _zeros(leaf: jax.Array) -> jax.Array:
+    return jnp.zeros(leaf.shape, jnp.float32)
 
 
 def split_batch(batch: Batch, parts: int) -> dict[str, jax.Array]:

@@ -237,40 +237,49 @@ def test_training_learns_a_planted_target_leaves_params_alone_and_compiles_once(
     jax.tree.map(np.testing.assert_array_equal, trained, masked)
 
 
-@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize(
+    ("scan", "dtype"), [(True, "float32"), (False, "float32"), (True, "bfloat16")]
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_saved_and_restored_adapters_compute_the_same_and_are_all_that_is_saved(
-    method, scan, tmp_path
+    method, scan, dtype, tmp_path
 ):
     model = toy_models.llama(scan=scan)
     params = toy_models.params_of(model)
     ours = plan(model, params, METHODS[method], IDS)
     adapters = mask_padding(
-        ours, jax.tree.map(lambda leaf: np.array(leaf) + 0.1, init(jax.random.key(0), ours))
+        ours,
+        jax.tree.map(
+            lambda leaf: np.array(leaf) + leaf.dtype.type(0.1),
+            init(jax.random.key(0), ours, dtype=dtype),
+        ),
     )
     save_adapter(tmp_path / "adapter", ours, adapters, model=model)
     assert {file.suffix for file in (tmp_path / "adapter").iterdir()} == {".json", ".safetensors"}
-    again, restored = load_adapter(tmp_path / "adapter", model, params)
+    again, restored = load_adapter(tmp_path / "adapter", model, params, dtype=dtype)
     jax.tree.map(np.testing.assert_array_equal, restored, adapters)
+    assert {leaf.dtype for leaf in jax.tree.leaves(restored)} == {jnp.dtype(dtype)}
     assert again.table() == ours.table()
     size = (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
-    assert 4 * ours.trainable_count <= size < 4 * ours.trainable_count + 200 * 100
+    numbers = jnp.dtype(dtype).itemsize * ours.trainable_count
+    assert numbers <= size < numbers + 200 * 100
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("method", METHODS)
-def test_half_precision_models_keep_their_dtype_and_adapters_keep_theirs(method, form):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_half_precision_models_keep_their_dtype_and_adapters_keep_theirs(method, form, dtype):
     model = dataclasses.replace(FORMS[form], dtype=jnp.bfloat16)
     params = jax.eval_shape(
         lambda p: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), p),
         toy_models.params_of(FORMS[form]),
     )
     ours = plan(model, params, METHODS[method], IDS)
-    adapters = jax.eval_shape(lambda: init(jax.random.key(0), ours))
+    adapters = jax.eval_shape(lambda: init(jax.random.key(0), ours, dtype=dtype))
     logits, gradient = jax.eval_shape(functools.partial(run, bind(model, ours)), params, adapters)
     base = jax.eval_shape(bind(model), {"params": params}, IDS)
     assert logits.dtype == base.dtype == jnp.bfloat16
-    assert {leaf.dtype for leaf in jax.tree.leaves((adapters, gradient))} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves((adapters, gradient))} == {jnp.dtype(dtype)}
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -23,12 +23,13 @@ WIDTH, RANK, VOCABULARY = 64, 72, toy.VOCABULARY
 class Row:
     """``make(learning_rate)`` is the optimizer; ``peak`` a rate at which it learns the toy;
     ``device_bytes`` the memory that ``offload="auto"`` is told to have, ``moved`` whether moments
-    live on the host after it has decided."""
+    live on the host after it has decided; ``dtype`` is the adapters'."""
 
     make: Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]
     peak: float = 0.02
     device_bytes: int | None = None
     moved: bool = False
+    dtype: jnp.dtype = jnp.float32
 
 
 def as_room_allows(rate):
@@ -52,12 +53,17 @@ TABLE = {
     "adamw as room allows": Row(lambda rate: optim.adamw(rate, offload="auto")),
     "adamw in pages, with room": Row(as_room_allows, device_bytes=2**30),
     "adamw in pages, without room": Row(as_room_allows, device_bytes=1000, moved=True),
-    "adamw in 8 bits, in pages on the host": Row(
+    "adamw of bf16": Row(optim.adamw, dtype=jnp.bfloat16),
+    "adamw in 8 bits of bf16, in pages on the host": Row(
         lambda rate: optax.chain(
             optim.offload(optim.eight_bit(optax.scale_by_adam()), page_bytes=1024, smallest=4096),
             optax.scale_by_learning_rate(rate),
         ),
         moved=True,
+        dtype=jnp.bfloat16,
+    ),
+    "adamw in 16 bits of bf16": Row(
+        lambda rate: optim.adamw(rate, bits=16, weight_decay=0.1), dtype=jnp.bfloat16
     ),
     "LoRA-FA on the host": Row(lambda rate: optim.lora_fa(optim.lion(rate, offload="all")), 0.005),
     "LoRA+": Row(lambda rate: optim.lora_plus(optim.adamw(rate), ratio=4), peak=0.005),
@@ -118,8 +124,9 @@ def train(row: Row) -> Trained:
         return state
 
     losses, states = [], {}
-    states[STEPS] = go_on(TrainState.create(init_adapters(), tx, jax.random.key(7)), losses, states)
-    states[0] = TrainState.create(init_adapters(), tx, jax.random.key(7))
+    adapters = init_adapters(row.dtype)
+    states[STEPS] = go_on(TrainState.create(adapters, tx, jax.random.key(7)), losses, states)
+    states[0] = TrainState.create(adapters, tx, jax.random.key(7))
     return Trained(
         losses, states, traces, step._cache_size(), lambda state: go_on(copied(state), [], {})
     )
@@ -156,6 +163,11 @@ def kinds(tree):
 def test_it_learns(trained):
     assert trained.losses[-1] < 0.5 * trained.losses[0]
     assert np.isfinite(trained.losses).all()
+
+
+def test_adapters_keep_their_dtype(row, trained):
+    found = jax.tree.leaves(trained.states[STEPS].adapters)
+    assert {leaf.dtype for leaf in found} == {jnp.dtype(row.dtype)}
 
 
 def test_the_step_is_traced_and_compiled_once(trained):

@@ -33,7 +33,8 @@ def apply(variables, input_ids, *, positions, segment_ids, key=None, dropout=0.0
     if key is not None and dropout:
         keep = jax.random.bernoulli(key, 1 - dropout, low.shape)
         low = jnp.where(keep, low / (1 - dropout), 0.0)
-    logits = hidden @ params["head"] + low @ head["a"] @ head["b"]
+    a, b = (head[name].astype(low.dtype) for name in ("a", "b"))
+    logits = hidden @ params["head"] + low @ a @ b
     return SimpleNamespace(logits=logits)
 
 
