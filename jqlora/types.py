@@ -1,6 +1,6 @@
 """Names for the shapes that the whole library passes around."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 Path: TypeAlias = tuple[str, ...]
@@ -17,3 +17,6 @@ Adapters: TypeAlias = Mapping[str, Any]
 
 Variables: TypeAlias = Mapping[str, Any]
 """``{"params": Params, **Adapters}``: everything a bound model is applied to."""
+
+Progress: TypeAlias = Callable[[int, int, str], None]
+"""Called after each tensor with the number done, the number of all, and the tensor's name."""

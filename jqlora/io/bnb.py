@@ -94,20 +94,21 @@ def _read(
     A second level (``offset``) of another map or group size than ``QTensor`` has, of which
     ``spec`` says nothing, is decoded to fp32, exactly.
     """
-    codes = reader.read(name).reshape(-1).view(np.uint8)
-    scales = reader.read(f"{name}.absmax")
+    codes: Any = reader.read(name).reshape(-1).view(np.uint8)
+    scales: Any = reader.read(f"{name}.absmax")
     nested = None
     if offset is not None:
-        absmax, mean = reader.read(f"{name}.nested_absmax"), np.float32(offset)
+        absmax: Any = reader.read(f"{name}.nested_absmax")
+        mean: Any = np.float32(offset)
         if spec.double_quant:
-            nested = NestedScales(jnp.asarray(absmax), jnp.asarray(mean))
+            nested = NestedScales(absmax, mean)
         else:
             table = reader.read(f"{name}.nested_quant_map")
             scales = table[scales] * absmax[np.arange(scales.size) // group] + mean
     shapes = leaf_shapes(shape, spec)
     return QTensor(
-        jnp.asarray(codes.reshape(shapes["codes"])),
-        jnp.asarray(scales.reshape(shapes["scales"])),
+        codes.reshape(shapes["codes"]),
+        scales.reshape(shapes["scales"]),
         nested,
         spec=spec,
         matrix_shape=shape,

@@ -9,7 +9,6 @@ bitsandbytes itself by the last bits of fp32, and so does ours: ``(weight / 127)
 from collections.abc import Collection, Sequence, Set
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from jqlora.errors import CheckpointError
@@ -44,16 +43,19 @@ def find(reader: TensorReader, name: str, present: Set[str], settings: Settings)
     spec = RowInt8(threshold=float(settings.config.get("llm_int8_threshold", 6.0)))
 
     def read() -> QTensor:
+        codes: Any = reader.read(name).view(np.uint8)
+        rows: Any = reader.read(scales).reshape(outputs, 1)
         return QTensor(
-            jnp.asarray(reader.read(name).view(np.uint8)),
-            jnp.asarray(reader.read(scales).reshape(outputs, 1)),
+            codes,
+            rows,
             None,
             spec=spec,
             matrix_shape=(inputs, outputs),
             dtype=np.dtype(settings.dtype),
         )
 
-    return Stored(spec, (inputs, outputs), settings.dtype, (name, scales, layout), read)
+    parts = tuple(part for part in (name, scales, layout) if part in present)
+    return Stored(spec, (inputs, outputs), settings.dtype, parts, read)
 
 
 def infos(name: str, spec: Storage, matrix_shape: tuple[int, int]) -> dict[str, TensorInfo]:

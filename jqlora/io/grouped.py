@@ -16,7 +16,6 @@ A GPTQ zero point of 16 is stored as 15 and read as 16: some programs read it as
 from collections.abc import Collection, Mapping, Sequence, Set
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from jqlora.errors import CheckpointError
@@ -107,20 +106,22 @@ def _read(
         raise CheckpointError(
             f"{where}: has zero points off the middle, but config.json says sym; set it to false"
         )
-    scales = reader.read(f"{module}.scales").T.astype(np.float32)
+    scales: Any = reader.read(f"{module}.scales").T.astype(np.float32)
+    kept: Any = pairs(codes) if spec.bits == 4 else codes
+    off_middle: Any = None if spec.symmetric else zeros
     return QTensor(
-        jnp.asarray(pairs(codes) if spec.bits == 4 else codes),
-        jnp.asarray(scales),
+        kept,
+        scales,
         None,
         spec=spec,
         matrix_shape=shape,
         dtype=np.dtype(spec.scale_dtype),
-        zeros=None if spec.symmetric else jnp.asarray(zeros),
-        order=None if order is None else jnp.asarray(order),
+        zeros=off_middle,
+        order=order,
     )
 
 
-def _order(groups: np.ndarray, block: int, spec: GroupInt, where: str) -> np.ndarray | None:
+def _order(groups: np.ndarray, block: int, spec: GroupInt, where: str) -> Any:
     """Inputs sorted by their groups, or None where groups are neighbours."""
     neighbours = np.arange(groups.size) // block
     if not spec.ordered:

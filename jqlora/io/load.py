@@ -1,14 +1,14 @@
 """A checkpoint becomes a model and its parameters, one tensor at a time.
 
 Each leaf's memory is taken once, and every tensor is read, sent to the device, converted or
-quantized there and written into its leaf in place (a donated update) before the next is read. So
-the peak of host memory lies about one tensor above the result, on the CPU too.
+quantized there and written into its leaf in place (a donated update). The next ones are read
+meanwhile, as many as the room of the largest one holds. So the peak of host memory lies about one
+tensor above the result, on the CPU too.
 """
 
 import dataclasses
 import logging
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,17 +20,16 @@ from jax.typing import DTypeLike
 from jqlora import tree
 from jqlora.io.checkpoint import open_checkpoint, read_config
 from jqlora.io.layout import Layout, abstract_params, lay_out
-from jqlora.io.place import Converter, convert, fill, read_float
+from jqlora.io.place import Converter, convert, fill, host_bytes, read_float
+from jqlora.io.read_ahead import Job, read_ahead
 from jqlora.io.source import Source, resolve
 from jqlora.models import HFName, family_of, task_of
 from jqlora.quant import BlockQuant, QTensor
 from jqlora.quant import quantize as quantize_leaf
 from jqlora.quant.params import SKIP
-from jqlora.types import Path
+from jqlora.types import Path, Progress
 
 logger = logging.getLogger(__name__)
-Progress = Callable[[int, int, str], None]
-"""Called after each tensor with the number done, the number of all, and the tensor's name."""
 
 
 def load(
@@ -78,10 +77,7 @@ def load(
         new = ", ".join(item.hf for item in layout.fresh)
         logger.warning("%s: drawn at random with seed %d: %s", checkpoint.source.label, seed, new)
         leaves |= _draw(model, layout, seed)
-    for count, item in enumerate(layout.tensors, 1):
-        leaves[item.path] = _place(layout, item, name, leaves.get(item.path))
-        if progress is not None:
-            progress(count, len(layout.tensors), item.hf)
+    _read_into(leaves, layout, name, progress)
     return model, tree.unflatten({path: leaves[path] for path in layout.leaves})
 
 
@@ -152,20 +148,42 @@ def _draw(model: Any, layout: Layout, seed: int) -> dict[Path, Any]:
     return leaves
 
 
-def _place(layout: Layout, item: HFName, dtype: str, leaf: Any) -> Any:
-    """The leaf of ``item`` with this tensor in it; ``leaf`` is what it was so far, if anything."""
+def _read_into(
+    leaves: dict[Path, Any], layout: Layout, dtype: str, progress: Progress | None
+) -> None:
+    """Read all tensors, the next ones while one is put into its leaf."""
+    done = 0
+
+    def job(item: HFName) -> Job:
+        def use(value: Any) -> None:
+            nonlocal done
+            leaves[item.path] = _place(layout, item, dtype, value, leaves.get(item.path))
+            done += 1
+            if progress is not None:
+                progress(done, len(layout.tensors), item.hf)
+
+        stored, reader = layout.stored.get(item.hf), layout.reader
+        if stored is not None:
+            return Job(sum(host_bytes(reader, part) for part in stored.parts), stored.read, use)
+        return Job(
+            host_bytes(reader, item.hf, dtype), lambda: read_float(reader, item.hf, dtype), use
+        )
+
+    read_ahead([job(item) for item in layout.tensors])
+
+
+def _place(layout: Layout, item: HFName, dtype: str, value: Any, leaf: Any) -> Any:
+    """The leaf of ``item`` with ``value`` in it; ``leaf`` is what it was so far, if anything."""
     shape = layout.leaves[item.path]
-    stored = layout.stored.get(item.hf)
-    if stored is not None:
-        value: Any = stored.read()
-        how = None
-    else:
-        value = read_float(layout.reader, item.hf, dtype)
+    how = None
+    if item.hf not in layout.stored:
         spec = shape.spec if isinstance(shape, QTensor) else None
         how = Converter(dtype, item.transpose, spec)
+    # wait each time, or the next tensors would be read while this one still is in memory
     if item.index is None:
         return jax.block_until_ready(convert(value, how))
+    if how is not None:
+        value = jax.block_until_ready(convert(value, how))
     if leaf is None:
         leaf = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
-    # wait, or the next tensors would be read while this one still is in memory
-    return jax.block_until_ready(fill(leaf, value, np.int32(item.index), how))
+    return jax.block_until_ready(fill(leaf, value, np.int32(item.index)))

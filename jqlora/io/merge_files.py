@@ -20,7 +20,6 @@ from jqlora.io.adapter_head import head_of
 from jqlora.io.atomic import atomic_directory, atomic_write_json
 from jqlora.io.checkpoint import open_checkpoint
 from jqlora.io.layout import Layout, lay_out
-from jqlora.io.load import Progress
 from jqlora.io.peft import load_adapter
 from jqlora.io.place import read_float
 from jqlora.io.quantize_files import config_of, head_config, write_companions
@@ -34,6 +33,7 @@ from jqlora.models import HFName
 from jqlora.quant.params import SKIP
 from jqlora.tree import flatten, unflatten
 from jqlora.types import Path as TreePath
+from jqlora.types import Progress
 
 
 def merge_checkpoint(

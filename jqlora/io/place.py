@@ -1,6 +1,7 @@
 """Stored tensors converted on the device and put into their leaves in place."""
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax
 import numpy as np
 
 from jqlora.io.readers import TensorReader
+from jqlora.io.readers.raw import aligned_empty
 from jqlora.quant import Storage, quantize, quantize_rows
 
 
@@ -34,7 +36,18 @@ def read_float(reader: TensorReader, name: str, dtype: str = "float32") -> np.nd
     """
     array = reader.read(name)
     wanted = np.dtype(dtype)
-    return array.astype(wanted) if array.dtype.itemsize > wanted.itemsize else array
+    if array.dtype.itemsize <= wanted.itemsize:
+        return array
+    narrow = aligned_empty(array.shape, wanted)
+    narrow[...] = array
+    return narrow
+
+
+def host_bytes(reader: TensorReader, name: str, dtype: str | None = None) -> int:
+    """What reading a tensor needs of host memory, with its copy in a narrower ``dtype``, if any."""
+    shape, stored = reader.info(name)
+    wanted = stored.itemsize if dtype is None else np.dtype(dtype).itemsize
+    return math.prod(shape) * (stored.itemsize + (wanted if stored.itemsize > wanted else 0))
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -43,10 +56,13 @@ def convert(value: Any, how: Converter | None) -> Any:
     return value if how is None else how(value)
 
 
-@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
-def fill(stack: Any, value: Any, index: jax.Array, how: Converter | None) -> Any:
-    """``stack`` [L, ...], in the same memory, with its layer ``index`` replaced by the tensor."""
-    item = value if how is None else how(value)
+@functools.partial(jax.jit, donate_argnums=0)
+def fill(stack: Any, item: Any, index: jax.Array) -> Any:
+    """``stack`` [L, ...], in the same memory, with its layer ``index`` replaced by ``item``.
+
+    Apart from ``convert``, because XLA on a CPU takes seven times as long to transpose a matrix
+    into its place as to transpose it and then to copy it.
+    """
     return jax.tree.map(
         lambda s, t: jax.lax.dynamic_update_index_in_dim(s, t, index, 0), stack, item
     )

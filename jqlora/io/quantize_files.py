@@ -15,7 +15,6 @@ from jqlora.io.atomic import atomic_directory, atomic_write_json
 from jqlora.io.checkpoint import Checkpoint, open_checkpoint
 from jqlora.io.formats import quantization_config
 from jqlora.io.layout import lay_out
-from jqlora.io.load import Progress
 from jqlora.io.place import Converter, convert, read_float
 from jqlora.io.readers import TensorInfo, TensorReader
 from jqlora.io.save import MAX_SHARD_BYTES, generation_config, quantized_group
@@ -25,6 +24,7 @@ from jqlora.io.tokenizer import load_tokenizer
 from jqlora.models import HFName
 from jqlora.quant import BlockQuant, QTensor
 from jqlora.quant.params import SKIP
+from jqlora.types import Progress
 
 # Copied as they are; GGUF files have none of them, theirs are made from the metadata.
 COMPANIONS = (

@@ -20,13 +20,12 @@ from jqlora.errors import CheckpointError
 from jqlora.io.atomic import atomic_directory, atomic_write_json
 from jqlora.io.checkpoint import DECODING
 from jqlora.io.formats import format_of, quantization_config
-from jqlora.io.load import Progress
 from jqlora.io.readers import TensorInfo
 from jqlora.io.shards import Group, write_weights
 from jqlora.models import HFName, family_for
 from jqlora.models.tasks import GENERATING
 from jqlora.quant import QTensor
-from jqlora.types import Params, Path
+from jqlora.types import Params, Path, Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

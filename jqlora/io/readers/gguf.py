@@ -16,6 +16,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, dequantize
 from jqlora.errors import CheckpointError
 from jqlora.io.readers.base import TensorInfo
 from jqlora.io.readers.gguf_names import ARCHITECTURES
+from jqlora.io.readers.raw import aligned_empty, read_bytes
 
 # parts of the config, see gguf_config
 _NOT_WEIGHTS = {"rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"}
@@ -117,7 +118,7 @@ class GGUFTensors:
 
     def read(self, name: str) -> np.ndarray:
         tensor, shape = self._tensors[name], self._file_shape(name)
-        raw = np.fromfile(self.path, np.uint8, tensor.n_bytes, offset=tensor.data_offset)
+        raw = read_bytes(self.path, tensor.data_offset, tensor.n_bytes)
         if raw.size != tensor.n_bytes:
             raise CheckpointError(f"{self.path} was truncated while reading tensor {name!r}")
         rows = raw.reshape((*shape[:-1], -1))
@@ -140,7 +141,7 @@ class GGUFTensors:
 
     def _decode(self, name: str, rows: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         kind = self._tensors[name].tensor_type
-        out = np.empty((rows.shape[0], shape[-1]), np.float32)
+        out = aligned_empty((rows.shape[0], shape[-1]), np.float32)
         step = max(1, _CHUNK // shape[-1])
         try:
             for start in range(0, len(rows), step):

@@ -16,6 +16,7 @@ import numpy as np
 
 from jqlora.errors import CheckpointError
 from jqlora.io.readers.base import TensorInfo
+from jqlora.io.readers.raw import read_bytes
 
 DTYPES: dict[str, np.dtype] = {
     name: np.dtype(kind)
@@ -106,7 +107,7 @@ class SafetensorsFile:
         (shape, dtype), offset = self._entries[name]
         count = math.prod(shape) * dtype.itemsize
         try:
-            raw = np.fromfile(self.path, np.uint8, count, offset=offset)
+            raw = read_bytes(self.path, offset, count)
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot read tensor {name!r}: {error}") from error
         if raw.size != count:
