@@ -37,13 +37,15 @@ def stack(plans: Sequence[Plan], adapters: Sequence[Adapters]) -> tuple[Plan, di
     ...                                                              # doctest: +SKIP
     >>> bind(model, plan)(variables, ids_of_three_rows)              # doctest: +SKIP
     """
-    union = common_plan(plans)
-    members = [
-        {**own, CONSTANTS: constants(plan)} for plan, own in zip(plans, adapters, strict=True)
-    ]
-    shapes = widest([flatten(member) for member in members])
+    own_constants = side_by_side([constants(plan) for plan in plans])
+    return common_plan(plans), {**side_by_side(adapters), CONSTANTS: own_constants}
+
+
+def side_by_side(members: Sequence[Adapters]) -> dict[str, Any]:
+    """The members' leaves on a new first axis ``[n]``, each padded to the widest."""
+    shapes = widest(members)
     padded = [flatten(pad(member, shapes)) for member in members]
-    return union, unflatten({p: jnp.stack([member[p] for member in padded]) for p in shapes})
+    return unflatten({path: jnp.stack([member[path] for member in padded]) for path in shapes})
 
 
 def common_plan(plans: Sequence[Plan]) -> Plan:
@@ -80,10 +82,10 @@ def constants(plan: Plan) -> dict[str, Any]:
     )
 
 
-def widest(members: Sequence[Mapping[Path, Any]]) -> dict[Path, jax.ShapeDtypeStruct]:
-    """The shape that holds each leaf of every member, all of one dtype."""
+def widest(members: Sequence[Adapters]) -> dict[Path, jax.ShapeDtypeStruct]:
+    """The shape and dtype that hold each leaf of every member."""
     shapes: dict[Path, jax.ShapeDtypeStruct] = {}
-    for path, leaf in (item for member in members for item in member.items()):
+    for path, leaf in (item for member in members for item in flatten(member).items()):
         before: Any = shapes.get(path, leaf)
         shape = tuple(np.maximum(before.shape, leaf.shape).tolist())
         shapes[path] = jax.ShapeDtypeStruct(shape, jnp.promote_types(before.dtype, leaf.dtype))
@@ -105,11 +107,8 @@ def pad(member: Adapters, shapes: Mapping[Path, jax.ShapeDtypeStruct]) -> dict[s
 
 
 def crop(member: Adapters, like: Adapters) -> dict[str, Any]:
-    """A padded member's leaves as those of ``like`` are, and no others; undoes :func:`pad`."""
+    """A padded member's leaves as wide as those of ``like``, and no others; undoes :func:`pad`."""
     found = flatten(member)
     return unflatten(
-        {
-            path: found[path][tuple(map(slice, leaf.shape))].astype(leaf.dtype)
-            for path, leaf in flatten(like).items()
-        }
+        {path: found[path][tuple(map(slice, leaf.shape))] for path, leaf in flatten(like).items()}
     )

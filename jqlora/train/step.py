@@ -2,9 +2,9 @@
 
 Three decisions are worth knowing. The frozen base is an argument, neither differentiated nor closed
 over: a closure would bake its gigabytes into the program as constants. The state is donated, so the
-new adapters and moments take the place of the old ones. And gradient accumulation sums gradients of
-*summed* losses, in fp32, and divides once by the token count of the whole batch, so ``accumulate``
-changes memory and time but not the result (beyond the order of fp32 additions).
+new adapters and moments take the place of the old ones. And the step is two parts, gradients and
+update, of which only the first meets the base: :mod:`jqlora.train.together` shares that part among
+several adapters.
 """
 
 from collections.abc import Callable
@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jqlora.errors import ConfigError
 from jqlora.optim.rounding import apply_updates
 from jqlora.train.allocation import allocation_metrics, check_complete
+from jqlora.train.gradients import Loss, Summed, summed_gradients
 from jqlora.train.loss import Batch, causal_lm_loss
 from jqlora.train.placement import PlacedStep
 from jqlora.train.state import TrainState
@@ -32,7 +32,7 @@ def make_train_step(
     tx: optax.GradientTransformation,
     *,
     accumulate: int = 1,
-    loss: Callable[..., tuple[jax.Array, jax.Array]] = causal_lm_loss,
+    loss: Loss = causal_lm_loss,
     device_bytes: int | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Step:
@@ -56,74 +56,50 @@ def make_train_step(
     the same ones. Raises ``ConfigError`` at the first call when ``accumulate`` does not divide, or
     when what the adapters' method needs of ``apply`` or ``tx`` is missing.
     """
-    penalty = getattr(apply, "penalty", None)
-
-    def summed_loss(adapters, params, batch, key):
-        return loss(apply, {"params": params, **adapters}, batch, key)
 
     def step(state: TrainState, params: Params, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(state.key, state.step)
-
-        def summed(micro_batch: Batch, index: jax.Array):
-            return jax.value_and_grad(summed_loss, has_aux=True)(
-                state.adapters, params, micro_batch, jax.random.fold_in(key, index)
-            )
-
-        def add_micro_batch(carry, item):
-            gradients, total, count = carry
-            (value, tokens), more = summed(*item)
-            gradients = jax.tree.map(lambda g, m: g + m.astype(g.dtype), gradients, more)
-            return (gradients, total + value, count + tokens), None
-
-        zero = jnp.zeros((), jnp.float32)
-        parts = split_batch(batch, accumulate)
-        if accumulate == 1:
-            part = jax.tree.map(lambda leaf: leaf[0], parts)
-            (total, count), gradients = summed(part, jnp.int32(0))
-        else:
-            start = (jax.tree.map(_zeros, state.adapters), zero, zero)
-            items = (parts, jnp.arange(accumulate))
-            (gradients, total, count), _ = jax.lax.scan(add_micro_batch, start, items)
-        share = 1.0 / jnp.maximum(count, 1.0)
-        gradients = jax.tree.map(lambda g: (_float32(g) * share).astype(g.dtype), gradients)
-
-        extra = zero
-        check_complete(apply, state)
-        if penalty is not None:
-            extra, more = jax.value_and_grad(penalty)(state.adapters)
-            gradients = jax.tree.map(lambda g, m: g + m.astype(g.dtype), gradients, more)
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and floats
-            updates, opt_state = tx.update(gradients, state.opt_state, state.adapters)
-        metrics = {
-            "loss": total * share,
-            "penalty": extra,
-            "grad_norm": optax.tree.norm(jax.tree.map(_float32, gradients)),
-            "tokens": count,
-        }
-        rounding = fold_in_path(key, ("rounding",))
-        adapters: Any = apply_updates(state.adapters, updates, rounding)
-        metrics |= allocation_metrics(opt_state, adapters)
-        return TrainState(state.step + 1, adapters, opt_state, state.key), metrics
+        key = step_key(state)
+        frozen = {"params": params}
+        found = summed_gradients(apply, loss, accumulate, state.adapters, frozen, batch, key)
+        return update(apply, tx, state, found)
 
     jitted = jax.jit(step, donate_argnums=0)
     return PlacedStep(jitted, device_bytes=device_bytes, say=say)
 
 
+def step_key(state: TrainState) -> jax.Array:
+    """What a step draws its random numbers by."""
+    return jax.random.fold_in(state.key, state.step)
+
+
+def update(
+    apply: Callable[..., Any],
+    tx: optax.GradientTransformation,
+    state: TrainState,
+    found: Summed,
+) -> tuple[TrainState, Metrics]:
+    """The state one update on, and the metrics that :func:`make_train_step` names."""
+    share = 1.0 / jnp.maximum(found.count, 1.0)
+    gradients = jax.tree.map(lambda g: (_float32(g) * share).astype(g.dtype), found.gradients)
+    extra = jnp.zeros((), jnp.float32)
+    check_complete(apply, state)
+    penalty = getattr(apply, "penalty", None)
+    if penalty is not None:
+        extra, more = jax.value_and_grad(penalty)(state.adapters)
+        gradients = jax.tree.map(lambda g, m: g + m.astype(g.dtype), gradients, more)
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and floats
+        updates, opt_state = tx.update(gradients, state.opt_state, state.adapters)
+    metrics = {
+        "loss": found.total * share,
+        "penalty": extra,
+        "grad_norm": optax.tree.norm(jax.tree.map(_float32, gradients)),
+        "tokens": found.count,
+    }
+    rounding = fold_in_path(step_key(state), ("rounding",))
+    adapters: Any = apply_updates(state.adapters, updates, rounding)
+    metrics |= allocation_metrics(opt_state, adapters)
+    return TrainState(state.step + 1, adapters, opt_state, state.key), metrics
+
+
 def _float32(leaf: jax.Array) -> jax.Array:
     return leaf.astype(jnp.float32)
-
-
-def _zeros(leaf: jax.Array) -> jax.Array:
-    return jnp.zeros(leaf.shape, jnp.float32)
-
-
-def split_batch(batch: Batch, parts: int) -> dict[str, jax.Array]:
-    """Leaves ``[B, ...]`` as ``[parts, B // parts, ...]``; ``ConfigError`` where that is uneven."""
-    rows = {name: leaf.shape[0] for name, leaf in batch.items()}
-    uneven = {name: size for name, size in rows.items() if size % parts}
-    if uneven:
-        raise ConfigError(f"accumulate={parts} does not divide the batch's rows {uneven}")
-    return {
-        name: jnp.reshape(leaf, (parts, leaf.shape[0] // parts, *leaf.shape[1:]))
-        for name, leaf in batch.items()
-    }
