@@ -145,7 +145,7 @@ def compare(question: Question, say: Say = print) -> Certificate:
 
         seen = theirs("theirs")
         lap("theirs")
-        stacks = family_for(model).naming.stacks
+        stacks = family_for(model).naming_for(model.task).stacks
         exact, made = None, []
         if not budgets.calibrated:
             made = measure(ours, seen, dtype=question.dtype, stacks=stacks)
@@ -202,7 +202,7 @@ def _ours(
     if question.adapter is not None:
         plan, adapters = load_adapter(question.adapter, model, params)
     else:
-        plan = make_plan(model, params, fresh_spec(model.task, question.rank))
+        plan = make_plan(model, params, fresh_spec(model.task, params, question.rank))
         adapters = fresh_adapters(plan, params, question.seed)
         save_adapter(scratch / "ours", plan, adapters, model=model, base_model_name=source.label)
     side = OurSide(model, plan, question.recipe)

@@ -12,6 +12,7 @@ import numpy as np
 
 from jqlora.compare.observation import Arrays, Batch
 from jqlora.errors import ConfigError, DataError
+from jqlora.models.seq2seq_heads import end_of
 from jqlora.train.task_loss import IGNORED
 
 TEXTS = (
@@ -146,6 +147,9 @@ def _batch(
         asked[:, 0] |= ~asked.any(1)
         drawn = generator.integers(0, config.num_labels, mask.shape)
         return labelled(inputs, {"labels": np.where(asked, drawn, IGNORED)}, mask)
+    if model.task == "sequence-classification" and hasattr(config, "decoder_start_token_id"):
+        last = np.cumsum(mask, 1) == mask.sum(1, keepdims=True)
+        inputs["input_ids"] = np.where(mask & last, end_of(config), ids)
     if model.task == "question-answering":
         lengths = mask.sum(1)
         start = generator.integers(0, lengths)

@@ -67,7 +67,8 @@ def seen_in(output: Any, batch: Batch, numpy: Any) -> tuple[dict[str, list[np.nd
     for field in HIDDEN:
         states = getattr(output, field, None)
         if states is not None:
-            real = batch.answered if field.startswith("decoder") else batch.shown
+            of_decoder = field.startswith("decoder") and batch.answered is not None
+            real = batch.answered if of_decoder else batch.shown
             hidden[field] = [numpy(state)[real] for state in states]
     logits = {}
     for field in LOGITS:

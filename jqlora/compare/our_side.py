@@ -22,7 +22,7 @@ from jqlora.compare.observation import Arrays, Batch, Observation, Recipe, seen_
 from jqlora.graft import dense
 from jqlora.io.peft import WEIGHTS_FILE, save_adapter
 from jqlora.methods import FULL, LoRA, Plan
-from jqlora.models.tasks import TRAINED_WHOLE
+from jqlora.models.tasks import trained_whole
 from jqlora.train import TrainState, loss_for, make_train_step
 from jqlora.tree import flatten, unflatten
 from jqlora.types import Adapters, Params
@@ -31,11 +31,10 @@ SPREAD = 0.02
 """Standard deviation of a fresh adapter's B, whose zeros would leave A without a gradient."""
 
 
-def fresh_spec(task: str, rank: int) -> LoRA:
+def fresh_spec(task: str, params: Params, rank: int) -> LoRA:
     """LoRA on every linear layer, and on what else PEFT trains for ``task``."""
-    return LoRA(
-        rank=rank, alpha=2 * rank, targets="all-linear", modules_to_save=TRAINED_WHOLE.get(task, ())
-    )
+    whole = trained_whole(task, params)
+    return LoRA(rank=rank, alpha=2 * rank, targets="all-linear", modules_to_save=whole)
 
 
 def fresh_adapters(plan: Plan, params: Params, seed: int) -> Adapters:

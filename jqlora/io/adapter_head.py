@@ -9,7 +9,10 @@ from jqlora.io.peft_config import PREFIX, TASK_TYPES
 from jqlora.io.peft_spec import read_config
 from jqlora.models.tasks import LABELLED
 
-LAST = ("classifier.weight", "classifier.out_proj.weight")
+LAST = tuple(
+    f"{name}.weight"
+    for name in ("classifier", "classifier.out_proj", "classification_head.out_proj")
+)
 """Names of the matrices whose rows are labels."""
 
 

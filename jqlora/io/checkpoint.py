@@ -39,6 +39,11 @@ class Checkpoint:
     task: str
     other_head: bool
 
+    @property
+    def naming(self) -> Naming:
+        """How the tensors of the model's class are called."""
+        return self.family.naming_for(self.task)
+
     def dtype(self, asked: Any = None) -> str:
         """The name of the dtype to load: the one asked for, else the checkpoint's own.
 
@@ -139,8 +144,9 @@ def _assemble(
         other_head |= parsed.num_labels != num_labels
         parsed = parsed.with_labels(num_labels)
     reader = open_reader()
-    if family.naming.loose_head is not None:
-        tied = not _has_own_head(family.naming, reader)
+    naming = family.naming_for(task)
+    if naming.loose_head is not None:
+        tied = not _has_own_head(naming, reader)
         parsed = dataclasses.replace(parsed, tie_word_embeddings=tied)
     return Checkpoint(source, config, family, parsed, reader, task, other_head)
 

@@ -64,7 +64,7 @@ def lay_out(
     checkpoint's is passed over. Raises CheckpointError naming file and tensor if one is missing,
     extra or misshapen, and ConfigError for ``quantize`` of a checkpoint that is quantized already.
     """
-    settings = formats.settings_of(checkpoint, quantize)
+    settings, naming = formats.settings_of(checkpoint, quantize), checkpoint.naming
     every = tuple(checkpoint.family.hf_names(model))
     reader = _present_names(checkpoint, {item.hf for item in every})
     present = set(reader.names())
@@ -72,7 +72,7 @@ def lay_out(
     stored: dict[str, Stored] = {}
     tensors, fresh = [], []
     for item in every:
-        replaceable = checkpoint.other_head and checkpoint.family.naming.of_head(item.hf)
+        replaceable = checkpoint.other_head and naming.of_head(item.hf)
         found = None
         if item.path[-1] == "kernel":
             found = formats.find_stored(reader, item.hf, present, settings)
@@ -142,7 +142,7 @@ def _missing(checkpoint: Checkpoint, name: str, unexpected: set[str]) -> Checkpo
 
 def _present_names(checkpoint: Checkpoint, known: set[str]) -> Renamed:
     """The checkpoint under the names that files have today, each tied tensor once."""
-    naming, reader = checkpoint.family.naming, checkpoint.reader
+    naming, reader = checkpoint.naming, checkpoint.reader
     roots = naming.roots(known)
     stored: dict[str, str] = {}
     for name in reader.names():
@@ -180,7 +180,7 @@ def _check_extra(
     expected: set[str],
     stored: Mapping[str, Stored],
 ) -> None:
-    naming = checkpoint.family.naming
+    naming = checkpoint.naming
     known = expected | {part for one in stored.values() for part in one.parts}
     names = reader.names()
     for name in names:

@@ -85,7 +85,7 @@ def save_adapter(
     Raises :class:`AdapterFileError` for a plan that PEFT cannot express.
     """
     names = _hf_names(model)
-    refuse_shared(plan, model)
+    refuse_shared(plan)
     flat = flatten(adapters)
     entries = _entries(plan, names)
     tensors: dict[str, np.ndarray] = {}
@@ -128,7 +128,7 @@ def load_adapter(
     survey = inspect_model(model, params)
     spec = _spec(config, survey, model, reader)
     plan = assemble((spec,), survey, quantized_paths(params))
-    refuse_shared(plan, model)
+    refuse_shared(plan)
     bases = {n: n.replace(BASE_LAYER, "") for n in reader.names() if f"{BASE_LAYER}." in n}
     entries = _entries(plan, names)
     given = set(reader.names()) - set(bases) - tied_copies(config, plan, model, reader)

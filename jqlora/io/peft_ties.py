@@ -30,12 +30,12 @@ def tied_embedding(plan: Plan, model: Any) -> Path | None:
     return found
 
 
-def refuse_shared(plan: Plan, model: Any) -> None:
+def refuse_shared(plan: Plan) -> None:
     """An encoder-decoder's embedding has three names in PEFT's models, which adapt each apart."""
     paths = [placement.site.path for placement in plan.placements]
     paths += [leaf.path[:-1] for leaf in plan.full]
     shared = next((path for path in paths if path[-1] == SHARED), None)
-    if model.task == "seq2seq-lm" and shared is not None:
+    if shared is not None:
         raise AdapterFileError(
             f"{'.'.join(shared)} is the embedding of encoder and decoder, which PEFT's files have "
             "no one place for: leave it out"

@@ -1,6 +1,6 @@
 """Language models in plain Flax Linen, and where their checkpoints' tensors belong."""
 
-from jqlora.models.bart import BartForConditionalGeneration
+from jqlora.models.bart import BartForTask
 from jqlora.models.bart_config import BartConfig
 from jqlora.models.config import LlamaConfig
 from jqlora.models.families import (
@@ -17,15 +17,15 @@ from jqlora.models.layers import loop_to_scan, scan_to_loop
 from jqlora.models.llama import LlamaForCausalLM
 from jqlora.models.names import HFName, Naming
 from jqlora.models.outputs import CausalLMOutput, KVCache, Seq2SeqCache, Seq2SeqLMOutput
-from jqlora.models.t5 import T5ForConditionalGeneration
 from jqlora.models.t5_config import T5Config
+from jqlora.models.t5_model import T5ForTask
 from jqlora.models.tasks import TASKS
 
 __all__ = [
     "FAMILIES",
     "TASKS",
     "BartConfig",
-    "BartForConditionalGeneration",
+    "BartForTask",
     "CausalLMOutput",
     "Family",
     "GPT2Config",
@@ -38,7 +38,7 @@ __all__ = [
     "Seq2SeqCache",
     "Seq2SeqLMOutput",
     "T5Config",
-    "T5ForConditionalGeneration",
+    "T5ForTask",
     "abstract_params",
     "family_for",
     "family_of",

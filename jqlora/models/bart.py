@@ -13,7 +13,8 @@ from jqlora.models.bart_config import BartConfig, BartSide
 from jqlora.models.multi_head import MultiHeadAttention, Shared
 from jqlora.models.norm import LayerNorm
 from jqlora.models.projection import project
-from jqlora.models.seq2seq import DecoderCache, Seq2SeqLM, Stacked
+from jqlora.models.seq2seq import DecoderCache, EncoderDecoder, Stacked
+from jqlora.models.seq2seq_heads import config_for
 from jqlora.models.stack import Remat, check_options, run, stacked
 
 OFFSET = 2
@@ -163,7 +164,7 @@ class LogitsBias(nn.Module):
         return logits + bias.astype(logits.dtype)[None]
 
 
-class BartForConditionalGeneration(Seq2SeqLM):
+class BartForTask(EncoderDecoder):
     """BART; the lists of layers are ``model/encoder/layers`` and ``model/decoder/layers``."""
 
     cross_name = "encoder_attn"
@@ -174,7 +175,10 @@ class BartForConditionalGeneration(Seq2SeqLM):
         self.model = BartModel(
             self.config, scan=self.scan, remat=self.remat, attention=self.attention, **types
         )
-        self.final_logits_bias = LogitsBias(self.param_dtype)
+        if self.task == "seq2seq-lm":
+            self.final_logits_bias = LogitsBias(self.param_dtype)
+        spread = self.config.initializer_range
+        self.setup_head(spread, spread)
 
     def encode(self, input_ids: jax.Array, shared: Shared) -> Stacked:
         return self.model.encode(input_ids, shared)
@@ -186,3 +190,11 @@ class BartForConditionalGeneration(Seq2SeqLM):
 
     def head(self, x: jax.Array) -> jax.Array:
         return self.final_logits_bias(self.model.attend(x))
+
+
+def build_bart(
+    config: BartConfig, task: str = "seq2seq-lm", dtype: Any = jnp.float32, **options: Any
+) -> BartForTask:
+    """The module. Raises CheckpointError for a classifier whose config names no one end token."""
+    types = {"dtype": dtype, "param_dtype": dtype, **options}
+    return BartForTask(config_for(config, task), task, **types)

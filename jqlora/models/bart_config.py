@@ -9,6 +9,7 @@ from typing import Any
 
 from jqlora.errors import CheckpointError
 from jqlora.models.hf_keys import Reader, as_written, under_own_names
+from jqlora.models.labels import Labels, read_labels, write_labels
 from jqlora.models.multi_head import Heads
 
 DEFAULTS = {
@@ -53,7 +54,7 @@ class BartSide:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BartConfig:
+class BartConfig(Labels):
     """Everything that determines the network; hashable, so it may be static under ``jit``.
 
     ``scaled_embedding`` multiplies the token embedding by sqrt(hidden_size).
@@ -138,6 +139,7 @@ class BartConfig:
             decoder_start_token_id=read.token("decoder_start_token_id"),
             forced_bos_token_id=read.token("forced_bos_token_id"),
             forced_eos_token_id=read.token("forced_eos_token_id"),
+            **read_labels(hf, absent=3),
             dtype=read.dtype(),
         )
 
@@ -158,6 +160,7 @@ class BartConfig:
             "tie_word_embeddings": True,
             "is_encoder_decoder": True,
             **dict(self.rates),
+            **write_labels(self),
             "bos_token_id": self.bos_token_id,
             "eos_token_id": as_written(self.eos_token_ids),
             "pad_token_id": self.pad_token_id,

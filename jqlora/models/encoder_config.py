@@ -6,14 +6,14 @@ keys. Dropout is kept as it is written, for those who read the file elsewhere, a
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from jqlora.errors import CheckpointError
 from jqlora.models.disentangled import Disentangled, read_disentangled, write_disentangled
 from jqlora.models.hf_keys import Reader, as_written, refuse
+from jqlora.models.labels import Labels, read_labels, write_labels
 
-PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 DROPOUTS = (
     "hidden_dropout_prob",
     "attention_probs_dropout_prob",
@@ -92,10 +92,10 @@ KINDS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderConfig:
+class EncoderConfig(Labels):
     """Everything that determines the network; hashable, so it may be static under ``jit``.
 
-    ``labels`` name the outputs of a classifier. ``disentangled`` is what DeBERTa has beyond BERT,
+    ``disentangled`` is what DeBERTa has beyond BERT,
     None for the others. ``dtype`` is the checkpoint's own, or None.
     """
 
@@ -111,8 +111,6 @@ class EncoderConfig:
     initializer_range: float
     hidden_act: str
     tie_word_embeddings: bool
-    labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
-    problem_type: str | None = None
     disentangled: Disentangled | None = None
     dropouts: tuple[tuple[str, float | None], ...] = ()
     bos_token_id: int | None = None
@@ -125,10 +123,6 @@ class EncoderConfig:
         return KINDS[self.model_type]
 
     @property
-    def num_labels(self) -> int:
-        return len(self.labels)
-
-    @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
@@ -139,12 +133,6 @@ class EncoderConfig:
             return sys.maxsize
         unused = (self.pad_token_id or 0) + 1 if self.kind.positions_after_padding else 0
         return self.max_position_embeddings - unused
-
-    def with_labels(self, count: int) -> "EncoderConfig":
-        """For a classifier with ``count`` outputs; labels of another number lose their names."""
-        if count == self.num_labels:
-            return self
-        return replace(self, labels=tuple(f"LABEL_{i}" for i in range(count)))
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "EncoderConfig":
@@ -163,9 +151,6 @@ class EncoderConfig:
         read.require("is_decoder", False)
         read.require("add_cross_attention", False)
         read.require("position_embedding_type", "absolute")
-        problem = hf.get("problem_type")
-        if problem is not None and problem not in PROBLEMS:
-            refuse("problem_type", problem, PROBLEMS)
         return cls(
             model_type=name,
             vocab_size=read.positive("vocab_size"),
@@ -179,8 +164,7 @@ class EncoderConfig:
             initializer_range=read.number("initializer_range", 0.02),
             hidden_act=read.activation(),
             tie_word_embeddings=read.flag("tie_word_embeddings"),
-            labels=_read_labels(hf),
-            problem_type=problem,
+            **read_labels(hf),
             disentangled=read_disentangled(read) if name == "deberta-v2" else None,
             dropouts=tuple((key, hf[key]) for key in DROPOUTS if key in hf),
             bos_token_id=read.token("bos_token_id"),
@@ -204,9 +188,7 @@ class EncoderConfig:
             "initializer_range": self.initializer_range,
             "hidden_act": self.hidden_act,
             "tie_word_embeddings": self.tie_word_embeddings,
-            "id2label": {str(i): label for i, label in enumerate(self.labels)},
-            "label2id": {label: i for i, label in enumerate(self.labels)},
-            "problem_type": self.problem_type,
+            **write_labels(self),
             "bos_token_id": self.bos_token_id,
             "eos_token_id": as_written(self.eos_token_ids),
             "pad_token_id": self.pad_token_id,
@@ -222,14 +204,3 @@ class EncoderConfig:
 def _count(read: Reader, key: str) -> int:
     value = read.get(key)
     return 0 if value == 0 else read.positive(key)
-
-
-def _read_labels(hf: Mapping[str, Any]) -> tuple[str, ...]:
-    names = hf.get("id2label")
-    if names is None:
-        count = hf.get("num_labels") or 2
-        return tuple(f"LABEL_{i}" for i in range(count))
-    numbered = {int(number): str(label) for number, label in names.items()}
-    if sorted(numbered) != list(range(len(numbered))):
-        refuse("id2label", names, "labels numbered from 0 without gaps")
-    return tuple(numbered[i] for i in range(len(numbered)))

@@ -5,7 +5,7 @@ A new architecture is a row here and, if its mathematics is new, one file with i
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import flax.linen as nn
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jqlora.errors import CheckpointError
-from jqlora.models.bart import BartForConditionalGeneration
+from jqlora.models.bart import BartForTask, build_bart
 from jqlora.models.bart_config import BartConfig
 from jqlora.models.config import LlamaConfig
 from jqlora.models.encoder_config import KINDS as ENCODERS
@@ -24,9 +24,10 @@ from jqlora.models.gpt2_config import GPT2Config
 from jqlora.models.kinds import KINDS
 from jqlora.models.llama import LlamaForCausalLM
 from jqlora.models.names import HFName, Naming
-from jqlora.models.t5 import T5ForConditionalGeneration, build_t5
-from jqlora.models.t5_config import CLASSES as T5_CLASSES
+from jqlora.models.t5_config import PREFIXES as T5_PREFIXES
 from jqlora.models.t5_config import T5Config
+from jqlora.models.t5_model import INSIDE, T5ForTask, build_t5
+from jqlora.models.tasks import GENERATING
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,8 @@ class Family:
     ``heads`` are the classes of transformers and the task of each; ``bare`` are its classes
     without a head. ``parse`` makes a configuration of config.json and
     ``build(config, task=..., dtype=..., **options)`` the module, whose ``config`` and ``task`` are
-    those it was built with.
+    those it was built with. ``namings`` are for the tasks whose checkpoints do not follow
+    ``naming``.
     """
 
     name: str
@@ -47,17 +49,23 @@ class Family:
     naming: Naming
     module: type[nn.Module]
     bare: tuple[str, ...] = ()
+    namings: Mapping[str, Naming] = field(default_factory=dict)
+
+    def naming_for(self, task: str) -> Naming:
+        """How the checkpoints of the class with the head for ``task`` call their tensors."""
+        return self.namings.get(task, self.naming)
 
     def hf_names(self, model: Any) -> list[HFName]:
         """Every tensor of the model's checkpoint, in the order of a file."""
-        return self.naming.tensors(abstract_params(model))
+        return self.naming_for(model.task).tensors(abstract_params(model))
 
     def task(self, hf_config: Mapping[str, Any]) -> str | None:
-        """What the checkpoint of a config.json was made for; None if no head that is known."""
+        """What the checkpoint of a config.json was made for, which is to write where it does not
+        say and the family can; None if no head that is known."""
         named = hf_config.get("architectures")
-        if not named and len(self.heads) == 1:
-            return next(iter(self.heads.values()))
-        return next((self.heads[name] for name in named or () if name in self.heads), None)
+        if not named:
+            return next((task for task in self.heads.values() if task in GENERATING), None)
+        return next((self.heads[name] for name in named if name in self.heads), None)
 
     def architecture(self, task: str) -> str:
         """The class of transformers with the head for ``task``."""
@@ -155,41 +163,59 @@ def _encoder_family(model_type: str, prefix: str, head: tuple[str, str], **namin
     )
 
 
-def _t5_family(model_type: str) -> Family:
+def _t5_naming(base: str, optional: tuple[str, ...] = (), **naming: Any) -> Naming:
+    inside = f"{base}." if base else ""
     table = "SelfAttention.relative_attention_bias.weight"
+    shared = f"{inside}shared.weight"
+    stacks = tuple(f"{inside}{side}coder" for side in ("en", "de"))
+    return Naming(
+        base=base,
+        stacks=tuple(f"{stack}.block" for stack in stacks),
+        optional=optional,
+        renames={
+            f"{stack}.relative_attention_bias.weight": f"{stack}.block.0.layer.0.{table}"
+            for stack in stacks
+        },
+        ties=(
+            ("lm_head.weight", shared),
+            *((f"{stack}.embed_tokens.weight", shared) for stack in stacks),
+        ),
+        ignored=(r"EncDecAttention\.relative_attention_bias\.weight$",),
+        **naming,
+    )
+
+
+def _t5_family(model_type: str) -> Family:
+    prefix = T5_PREFIXES[model_type]
     return Family(
         name=model_type,
         model_types=(model_type,),
-        heads={T5_CLASSES[model_type]: "seq2seq-lm"},
-        bare=(T5_CLASSES[model_type].replace("ForConditionalGeneration", "Model"),),
+        heads={
+            f"{prefix}ForConditionalGeneration": "seq2seq-lm",
+            f"{prefix}ForSequenceClassification": "sequence-classification",
+            f"{prefix}ForTokenClassification": "token-classification",
+            f"{prefix}ForQuestionAnswering": "question-answering",
+        },
+        bare=(f"{prefix}Model", f"{prefix}EncoderModel"),
         parse=T5Config.from_hf,
         build=build_t5,
-        naming=Naming(
-            stacks=("encoder.block", "decoder.block"),
-            optional=("lm_head",),
-            renames={
-                f"{stack}.relative_attention_bias.weight": f"{stack}.block.0.layer.0.{table}"
-                for stack in ("encoder", "decoder")
-            },
-            ties=(
-                ("lm_head.weight", "shared.weight"),
-                ("encoder.embed_tokens.weight", "shared.weight"),
-                ("decoder.embed_tokens.weight", "shared.weight"),
-            ),
-            ignored=(r"EncDecAttention\.relative_attention_bias\.weight$",),
-            loose_head="lm_head.weight",
-        ),
-        module=T5ForConditionalGeneration,
+        naming=_t5_naming("", ("lm_head", "qa_outputs"), loose_head="lm_head.weight"),
+        namings=dict.fromkeys(INSIDE, _t5_naming("transformer")),
+        module=T5ForTask,
     )
 
 
 _BART = Family(
     name="bart",
     model_types=("bart",),
-    heads={"BartForConditionalGeneration": "seq2seq-lm"},
+    heads={
+        "BartForConditionalGeneration": "seq2seq-lm",
+        "BartForSequenceClassification": "sequence-classification",
+        "BartForQuestionAnswering": "question-answering",
+    },
     bare=("BartModel",),
     parse=BartConfig.from_hf,
-    build=_one_task(BartForConditionalGeneration),
+    build=build_bart,
     naming=Naming(
         stacks=("model.encoder.layers", "model.decoder.layers"),
         base="model",
@@ -201,7 +227,7 @@ _BART = Family(
         ),
         ignored=(r"^model\.(en|de)coder\.version$",),
     ),
-    module=BartForConditionalGeneration,
+    module=BartForTask,
 )
 
 
@@ -214,7 +240,7 @@ FAMILIES: tuple[Family, ...] = (
     _encoder_family("roberta", "Roberta", _ROBERTA_HEAD),
     _encoder_family("xlm-roberta", "XLMRoberta", _ROBERTA_HEAD),
     _encoder_family("deberta-v2", "DebertaV2", _BERT_HEAD, ignored=(r"^mask_predictions\.",)),
-    *(_t5_family(name) for name in T5_CLASSES),
+    *(_t5_family(name) for name in T5_PREFIXES),
     _BART,
 )
 

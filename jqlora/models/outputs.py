@@ -83,7 +83,18 @@ class Seq2SeqLMOutput:
     Hidden states are as in :class:`CausalLMOutput`; the encoder has none where it did not run.
     """
 
-    logits: jax.Array  # [B, T, V] in the compute dtype
+    logits: jax.Array  # [B, T, V], or [B, labels] of a classifier, in the compute dtype
     encoder_hidden_states: jax.Array | None = None  # [encoder's L + 1, B, S, D]
     decoder_hidden_states: jax.Array | None = None  # [decoder's L + 1, B, T, D]
     cache: Seq2SeqCache | None = None
+
+
+@struct.dataclass
+class Seq2SeqAnsweringOutput:
+    """How well each token begins and ends the answer, in the compute dtype; hidden states as in
+    :class:`Seq2SeqLMOutput`."""
+
+    start_logits: jax.Array  # [B, T]
+    end_logits: jax.Array  # [B, T]
+    encoder_hidden_states: jax.Array | None = None  # [encoder's L + 1, B, S, D]
+    decoder_hidden_states: jax.Array | None = None  # [decoder's L + 1, B, T, D]

@@ -1,7 +1,7 @@
-"""What every encoder-decoder is around its layers: embeddings, a head, and a cache.
+"""What every encoder-decoder is around its layers: embeddings, the head of its task, and a cache.
 
-A family is a subclass that says how ids become the encoder's states and the decoder's, and states
-logits.
+A family is a subclass that says how ids become the encoder's states and the decoder's, and the
+decoder's states logits of tokens.
 """
 
 from typing import Any
@@ -13,8 +13,15 @@ import jax.numpy as jnp
 from jqlora.models.attention import Attention, LayerCache
 from jqlora.models.masks import Attending
 from jqlora.models.multi_head import Shared
-from jqlora.models.outputs import KVCache, Seq2SeqCache, Seq2SeqLMOutput
+from jqlora.models.outputs import (
+    EncoderOutput,
+    KVCache,
+    Seq2SeqAnsweringOutput,
+    Seq2SeqCache,
+    Seq2SeqLMOutput,
+)
 from jqlora.models.preparation import append, attending_for, tokens_of
+from jqlora.models.seq2seq_heads import ClassificationHead, at_last, end_of, shift_right
 from jqlora.models.stack import Remat
 
 DecoderCache = tuple[LayerCache, LayerCache | None]
@@ -23,13 +30,17 @@ Stacked = tuple[jax.Array, DecoderCache | None, jax.Array | None]
 """States [B, T, D], fresh keys and values, hidden states [L + 1, B, T, D]."""
 
 
-class Seq2SeqLM(nn.Module):
-    """A language model with an encoder; its fields are those of
-    :class:`~jqlora.models.causal.CausalLM`."""
+class EncoderDecoder(nn.Module):
+    """An encoder-decoder for one task; its other fields are those of
+    :class:`~jqlora.models.causal.CausalLM`.
 
-    task = "seq2seq-lm"
+    It writes (seq2seq-lm), or classifies texts, or says how well each token begins and ends an
+    answer; for token-classification it is its encoder alone.
+    """
+
     cross_name = ""
     config: Any
+    task: str = "seq2seq-lm"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     scan: bool = True
@@ -50,83 +61,111 @@ class Seq2SeqLM(nn.Module):
         """States [B, T, D] -> logits [B, T, V]."""
         raise NotImplementedError
 
+    def setup_head(self, spread: float, classifier_spread: float) -> None:
+        """Make the head of a task that does not write, drawn with these standard deviations; to be
+        called from ``setup``."""
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        if self.task == "sequence-classification":
+            self.classification_head = ClassificationHead(self.config.num_labels, spread, **types)
+        if self.task == "question-answering":
+            init = nn.initializers.normal(spread)
+            self.qa_outputs = nn.Dense(2, kernel_init=init, **types)
+        if self.task == "token-classification":
+            init = nn.initializers.normal(classifier_spread)
+            self.classifier = nn.Dense(self.config.num_labels, kernel_init=init, **types)
+
     def __call__(
         self,
         input_ids: jax.Array | None,
         *,
         attention_mask: jax.Array | None = None,
-        decoder_input_ids: jax.Array,
+        decoder_input_ids: jax.Array | None = None,
         decoder_attention_mask: jax.Array | None = None,
         cache: Seq2SeqCache | None = None,
         output_hidden_states: bool = False,
-    ) -> Seq2SeqLMOutput:
+    ) -> Seq2SeqLMOutput | Seq2SeqAnsweringOutput | EncoderOutput:
         """Logits [B, T, V] for ``decoder_input_ids`` int32 [B, T], given ``input_ids`` int32
-        [B, S].
+        [B, S]; or what the task has in their place.
 
         Masks [B, S] and [B, T] are 1 at real tokens (padding on either side); outputs at padding
         mean nothing. With a ``cache`` the decoder's tokens are written behind the cached ones. The
         first such call runs the encoder and leaves what the decoder needs of it in the cache;
         those that follow pass None for ``input_ids`` and no ``attention_mask``.
 
-        Raises ValueError for a call that has neither ``input_ids`` nor a cache of them.
+        A model that does not write takes no cache, and without ``decoder_input_ids`` its decoder
+        reads ``input_ids`` one place later. A classifier's row whose ``input_ids`` lack the end
+        token has NaN for logits.
+
+        Raises ValueError for a call that has neither ``input_ids`` nor a cache of them, or lacks or
+        has what its task does not.
         """
-        known = None if cache is None else cache.cross
-        past = None if cache is None else cache.decoder
+        writes = self.task == "seq2seq-lm"
+        if not writes and (cache is not None or input_ids is None):
+            raise ValueError(f"a model for {self.task} takes input_ids and no cache")
         memory = encoder_hidden = None
         source = attention_mask
         if input_ids is not None:
             both = Attending.both_ways(attention_mask, emit_hidden=output_hidden_states)
             memory, _, encoder_hidden = self.encode(input_ids, Shared(both))
-            known = None
-        elif known is None or attention_mask is not None:
+        elif cache is None or cache.cross is None or attention_mask is not None:
             raise ValueError(
                 "without input_ids a call needs a cache that has seen them, and no attention_mask"
             )
         else:
-            assert cache is not None
             source = cache.source
+        if self.task == "token-classification":
+            return EncoderOutput(logits=self.classifier(memory), hidden_states=encoder_hidden)
+        if decoder_input_ids is None:
+            if writes or input_ids is None:
+                raise ValueError("a call that is to write needs decoder_input_ids")
+            decoder_input_ids = shift_right(input_ids, self.config)
         tokens = tokens_of(
             decoder_input_ids.shape,
             attention_mask=decoder_attention_mask,
             positions=None,
             segment_ids=None,
-            cache=past,
+            cache=None if cache is None else cache.decoder,
         )
-        shared = Shared(
-            attending_for(
-                tokens,
-                past,
-                padded=decoder_attention_mask is not None,
-                emit_hidden=output_hidden_states,
-            ),
-            memory=memory,
-            across=Attending.both_ways(source),
+        attending = attending_for(
+            tokens,
+            None if cache is None else cache.decoder,
+            padded=decoder_attention_mask is not None,
+            emit_hidden=output_hidden_states,
         )
-        slots = jnp.arange(decoder_input_ids.shape[1], dtype=jnp.int32)
-        if past is not None:
-            slots = slots + past.length
-        x, fresh, hidden = self.decode(
-            decoder_input_ids,
-            slots,
-            shared,
-            None if past is None else ((past.keys, past.values), known),
-        )
+        shared = Shared(attending, memory=memory, across=Attending.both_ways(source))
+        x, fresh, hidden = self._decoded(decoder_input_ids, shared, cache)
+        states: Any = {"encoder_hidden_states": encoder_hidden, "decoder_hidden_states": hidden}
+        if self.task == "question-answering":
+            ends = self.qa_outputs(x)
+            return Seq2SeqAnsweringOutput(
+                start_logits=ends[..., 0], end_logits=ends[..., 1], **states
+            )
+        if self.task == "sequence-classification":
+            assert input_ids is not None
+            pooled = at_last(x, input_ids, end_of(self.config))
+            return Seq2SeqLMOutput(logits=self.classification_head(pooled), **states)
         if cache is not None:
             assert fresh is not None
-            assert past is not None
             if input_ids is not None:
                 whole = jnp.ones(input_ids.shape, bool)
                 source = whole if source is None else source.astype(bool)
             cache = Seq2SeqCache(
-                decoder=append(past, fresh[0], tokens.segment_ids),
-                cross=known if fresh[1] is None else fresh[1],
+                decoder=append(cache.decoder, fresh[0], tokens.segment_ids),
+                cross=cache.cross if fresh[1] is None else fresh[1],
                 source=source,
             )
-        return Seq2SeqLMOutput(
-            logits=self.head(x),
-            encoder_hidden_states=encoder_hidden,
-            decoder_hidden_states=hidden,
-            cache=cache,
+        return Seq2SeqLMOutput(logits=self.head(x), cache=cache, **states)
+
+    def _decoded(self, input_ids: jax.Array, shared: Shared, cache: Seq2SeqCache | None) -> Stacked:
+        """The decoder's states for ids behind those that are cached; keys and values of the encoder
+        are made anew where ``shared`` has its states."""
+        slots = jnp.arange(input_ids.shape[1], dtype=jnp.int32)
+        if cache is None:
+            return self.decode(input_ids, slots, shared, None)
+        past = cache.decoder
+        known = cache.cross if shared.memory is None else None
+        return self.decode(
+            input_ids, slots + past.length, shared, ((past.keys, past.values), known)
         )
 
     def leaves_out(self, path: tuple[str, ...], *args: Any, **kwargs: Any) -> bool:
@@ -150,4 +189,5 @@ class Seq2SeqLM(nn.Module):
     def example_inputs(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of the smallest call, to trace the model without data."""
         ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-        return {"input_ids": ids, "decoder_input_ids": ids}
+        asked = {"input_ids": ids}
+        return asked | {"decoder_input_ids": ids} if self.task == "seq2seq-lm" else asked

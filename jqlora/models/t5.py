@@ -15,14 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jqlora.errors import ConfigError
 from jqlora.models.activations import ACTIVATIONS
 from jqlora.models.attention import Attention, LayerCache
 from jqlora.models.masks import Attending
 from jqlora.models.multi_head import MultiHeadAttention, Shared
 from jqlora.models.norm import RMSNorm
 from jqlora.models.projection import project
-from jqlora.models.seq2seq import DecoderCache, Seq2SeqLM, Stacked
+from jqlora.models.seq2seq import DecoderCache, Stacked
 from jqlora.models.stack import Remat, check_options, run, stacked
 from jqlora.models.t5_config import T5Config
 
@@ -210,47 +209,3 @@ class T5Stack(nn.Module):
         distance = jnp.arange(keys, dtype=jnp.int32)[None, :] - slots[:, None]
         rows = jnp.asarray(buckets)[distance + (keys - 1)]
         return self.relative_attention_bias(rows).transpose(2, 0, 1)[None]
-
-
-class T5ForConditionalGeneration(Seq2SeqLM):
-    """Any of them; the lists of blocks are ``encoder/block`` and ``decoder/block``."""
-
-    cross_name = "EncDecAttention"
-    config: T5Config
-
-    def setup(self) -> None:
-        config, factor = self.config, self.config.initializer_factor
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        init = nn.initializers.normal(factor)
-        options = {"scan": self.scan, "remat": self.remat, "attention": self.attention, **types}
-        self.shared = nn.Embed(config.vocab_size, config.hidden_size, embedding_init=init, **types)
-        self.encoder = T5Stack(config, decoder=False, **options)
-        self.decoder = T5Stack(config, decoder=True, **options)
-        if not config.tie_word_embeddings:
-            self.lm_head = nn.Dense(config.vocab_size, use_bias=False, kernel_init=init, **types)
-
-    def encode(self, input_ids: jax.Array, shared: Shared) -> Stacked:
-        slots = jnp.arange(input_ids.shape[1], dtype=jnp.int32)
-        return self.encoder(self.shared(input_ids), slots, shared, None)
-
-    def decode(
-        self, input_ids: jax.Array, slots: jax.Array, shared: Shared, past: DecoderCache | None
-    ) -> Stacked:
-        return self.decoder(self.shared(input_ids), slots, shared, past)
-
-    def head(self, x: jax.Array) -> jax.Array:
-        if self.config.scaled_logits:
-            x = x * jnp.asarray(self.config.hidden_size**-0.5, x.dtype)
-        return self.shared.attend(x) if self.config.tie_word_embeddings else self.lm_head(x)
-
-
-def build_t5(
-    config: T5Config, task: str = "seq2seq-lm", dtype: Any = jnp.float32, **options: Any
-) -> T5ForConditionalGeneration:
-    """The module. Raises ConfigError for float16, which T5's activations overflow."""
-    types = {"dtype": dtype, "param_dtype": dtype, **options}
-    if jnp.float16 in (types["dtype"], types["param_dtype"]):
-        raise ConfigError(
-            "dtype='float16' overflows in T5's activations; accepted: bfloat16, float32"
-        )
-    return T5ForConditionalGeneration(config, **types)

@@ -11,6 +11,7 @@ from typing import Any
 
 from jqlora.models.activations import ACTIVATIONS
 from jqlora.models.hf_keys import Reader, as_written, refuse, under_own_names
+from jqlora.models.labels import Labels, read_labels, write_labels
 from jqlora.models.multi_head import Heads
 
 # what config.json may say instead, as transformers accepts it
@@ -47,12 +48,15 @@ KINDS: dict[str, dict[str, Any]] = {
         "decoder_start_token_id": 0,
     },
 }
-CLASSES = {"t5": "T5ForConditionalGeneration", "mt5": "MT5ForConditionalGeneration"}
+PREFIXES = {"t5": "T5", "mt5": "MT5"}
+"""What the classes of transformers begin with."""
+ENCODER_ALONE = ("EncoderModel", "ForTokenClassification")
+"""Ends of the names of classes without a decoder, whose files say that there is none."""
 RATES = ("dropout_rate", "classifier_dropout")
 
 
 @dataclass(frozen=True, kw_only=True)
-class T5Config:
+class T5Config(Labels):
     """Everything that determines the network; hashable, so it may be static under ``jit``.
 
     ``feed_forward`` is as config.json spells it: an activation, with "gated-" before it for gated
@@ -127,7 +131,8 @@ class T5Config:
         if name not in KINDS:
             refuse("model_type", name, KINDS)
         read = Reader(under_own_names(hf, ALIASES), KINDS[name])
-        read.require("is_encoder_decoder", True)
+        if not any(name.endswith(ENCODER_ALONE) for name in hf.get("architectures") or ()):
+            read.require("is_encoder_decoder", True)
         layers = read.positive("num_layers")
         tied = hf.get("tie_word_embeddings") is not False
         scaled = hf.get("scale_decoder_outputs")
@@ -154,13 +159,14 @@ class T5Config:
             decoder_start_token_id=read.token("decoder_start_token_id"),
             forced_bos_token_id=read.token("forced_bos_token_id"),
             forced_eos_token_id=read.token("forced_eos_token_id"),
+            **read_labels(hf),
             dtype=read.dtype(),
         )
 
     def to_hf(self, spelling: str = "new") -> dict[str, Any]:
         """config.json for transformers; ``spelling`` "old" is that of transformers 4."""
         hf: dict[str, Any] = {
-            "architectures": [CLASSES[self.model_type]],
+            "architectures": [f"{PREFIXES[self.model_type]}ForConditionalGeneration"],
             "model_type": self.model_type,
             "vocab_size": self.vocab_size,
             "d_model": self.hidden_size,
@@ -178,6 +184,7 @@ class T5Config:
             "tie_word_embeddings": self.tie_word_embeddings,
             "is_encoder_decoder": True,
             **dict(self.rates),
+            **write_labels(self),
             "bos_token_id": self.bos_token_id,
             "eos_token_id": as_written(self.eos_token_ids),
             "pad_token_id": self.pad_token_id,

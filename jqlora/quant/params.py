@@ -15,6 +15,7 @@ from jqlora.types import Params, Path
 
 SKIP = (
     *("lm_head", "cls", "lm_predictions", "classifier", "score", "qa_outputs"),
+    "classification_head",
     "conv",
     "DenseReluDense.wo",
 )

@@ -13,13 +13,13 @@ from jqlora.errors import ConfigError
 from jqlora.io import fresh_head
 from jqlora.io.load import describe, describe_config
 from jqlora.io.source import WEIGHTS
-from jqlora.models.tasks import TRAINED_WHOLE
+from jqlora.models.tasks import trained_whole
 from jqlora.quant.params import SKIP
 from jqlora.run import choices
 from jqlora.tasks import TASKS, Task
 from jqlora.types import Params
 
-HEADS = ("pooler", "classifier", "qa_outputs")
+HEADS = ("pooler", "classifier", "classification_head", "qa_outputs")
 """Modules that a checkpoint of another head lacks."""
 
 
@@ -37,9 +37,9 @@ def choose(config: RunConfig) -> Chosen:
     asked, method = head_of(config), config.method
     fresh = fresh_modules(config.model.source, asked)
     if asked:
-        whole = dict.fromkeys(
-            [*method.modules_to_save, *TRAINED_WHOLE.get(asked["task"], ()), *fresh]
-        )
+        _, params = describe(config.model.source, **asked)
+        heads = trained_whole(asked["task"], params)
+        whole = dict.fromkeys([*method.modules_to_save, *heads, *fresh])
         method = dataclasses.replace(method, modules_to_save=tuple(whole))
     loading = {
         "quantize": choices.quantization(config.model.quantize),

@@ -22,13 +22,13 @@ import jax.numpy as jnp
 import optax
 
 from jqlora.errors import ConfigError
+from jqlora.models.seq2seq_heads import IGNORED, shift_right
 from jqlora.train.loss import Batch, causal_lm_loss
 from jqlora.types import Variables
 
 Summed = tuple[jax.Array, jax.Array]
 Loss = Callable[[Any, Variables, Batch, jax.Array | None], Summed]
 
-IGNORED = -100
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "positions")
 SEQ2SEQ_INPUTS = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask")
 
@@ -114,25 +114,12 @@ def _labelled(measure: Callable[[jax.Array, jax.Array], Summed]) -> Loss:
     return loss
 
 
-def shift_right(labels: jax.Array, *, start: int, padding: int) -> jax.Array:
-    """Labels int32 [B, T] as the decoder reads them: ``start``, then all but the last, with
-    ``padding`` in place of -100."""
-    before = jnp.pad(labels[:, :-1], ((0, 0), (1, 0)), constant_values=start)
-    return jnp.where(before == IGNORED, padding, before)
-
-
 def _seq2seq(config: Any) -> Loss:
     def loss(apply: Any, variables: Variables, batch: Batch, key: jax.Array | None) -> Summed:
         labels = jnp.asarray(batch["labels"])
         inputs = {name: batch[name] for name in SEQ2SEQ_INPUTS if name in batch}
         if "decoder_input_ids" not in inputs:
-            start, padding = config.decoder_start_token_id, config.pad_token_id
-            if start is None or padding is None:
-                raise ConfigError(
-                    f"decoder_start_token_id={start} and pad_token_id={padding} of the model's "
-                    "config must be tokens for labels to be shifted; or give decoder_input_ids"
-                )
-            inputs["decoder_input_ids"] = shift_right(labels, start=start, padding=padding)
+            inputs["decoder_input_ids"] = shift_right(labels, config)
         return classes(apply(variables, **inputs, key=key).logits, labels)
 
     return loss

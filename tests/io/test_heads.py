@@ -22,13 +22,27 @@ CONFIG = {
     "num_attention_heads": 4,
     "max_position_embeddings": 24,
 }
-KINDS = {"bert": "Bert", "roberta": "Roberta", "deberta-v2": "DebertaV2"}
+BART = {
+    "vocab_size": 40,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "max_position_embeddings": 24,
+}
+T5 = {"vocab_size": 40, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+T5 |= {"decoder_start_token_id": 0}
+KINDS = {"bert": CONFIG, "roberta": CONFIG, "deberta-v2": CONFIG, "bart": BART, "t5": T5}
+WRITING = ("bart", "t5")
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def write(folder, kind, task, change=lambda config, tensors: None):
     """A random checkpoint for ``task``, and its tensors; ``change`` may spoil it before."""
-    config = {**CONFIG, "model_type": kind}
+    config = {**KINDS[kind], "model_type": kind}
     family = family_of(config)
     model = family.build(family.parse(config), task=task)
     shapes = flatten(abstract_params(model))
@@ -45,14 +59,16 @@ def write(folder, kind, task, change=lambda config, tensors: None):
     return tensors
 
 
-def base_leaves(params, base):
-    return {path: leaf for path, leaf in flatten(params).items() if path[0] == base}
+def inside(path):
+    """Where a leaf is in its base; a T5 that reads has that in a module ``transformer``."""
+    return path[1:] if path[0] == "transformer" else path
 
 
 @every_kind
 def test_the_base_is_taken_and_the_new_head_drawn(kind, tmp_path, caplog):
-    write(tmp_path / "a", kind, "masked-lm")
-    _, masked = load(tmp_path / "a")
+    own = "seq2seq-lm" if kind in WRITING else "masked-lm"
+    write(tmp_path / "a", kind, own)
+    _, before = load(tmp_path / "a")
     asked = {"task": "sequence-classification", "num_labels": 5}
     with caplog.at_level(logging.WARNING):
         model, params = load(tmp_path / "a", **asked)
@@ -61,10 +77,11 @@ def test_the_base_is_taken_and_the_new_head_drawn(kind, tmp_path, caplog):
     fresh = fresh_head(tmp_path / "a", **asked)
     assert fresh
     assert all(name in caplog.text for name in fresh)
-    base = family_of({"model_type": kind}).naming.base
-    taken = base_leaves(masked, base)
-    for path, leaf in taken.items():
-        np.testing.assert_array_equal(flatten(params)[path], leaf)
+    before, flat = flatten(before), flatten(params)
+    taken = {path for path in flat if inside(path) in before}
+    assert len(taken) > len(before) - 8  # all but the head
+    for path in taken:
+        np.testing.assert_array_equal(flat[path], before[inside(path)])
     drawn = {n.hf for n in family_of({"model_type": kind}).hf_names(model) if n.path not in taken}
     assert drawn == set(fresh)
     again = load(tmp_path / "a", seed=1, **asked)[1]
@@ -180,16 +197,41 @@ def test_all_else_must_fit(change, options, message, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "message"),
+    ("kind", "options", "error", "message"),
     [
-        ({"task": "causal-lm"}, CheckpointError, r"causal-lm.*bert.*masked-lm"),
-        ({"num_labels": 3}, ConfigError, r"num_labels=3.*masked-lm"),
+        ("bert", {"task": "causal-lm"}, CheckpointError, r"causal-lm.*bert.*masked-lm"),
+        ("bert", {"num_labels": 3}, ConfigError, r"num_labels=3.*masked-lm"),
+        ("bart", {"task": "token-classification"}, CheckpointError, r"token-class.*bart.*seq2seq"),
     ],
 )
-def test_heads_that_there_are_not_are_refused(options, error, message, tmp_path):
-    write(tmp_path / "a", "bert", "masked-lm")
+def test_heads_that_there_are_not_are_refused(kind, options, error, message, tmp_path):
+    write(tmp_path / "a", kind, "seq2seq-lm" if kind in WRITING else "masked-lm")
     with pytest.raises(error, match=message):
         load(tmp_path / "a", **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture"),
+    [("bart", "BartForCausalLM"), ("t5", "T5ForMaskedLM"), ("bert", "BertForMultipleChoice")],
+)
+def test_a_checkpoint_of_a_head_that_is_not_known_is_refused_by_its_name(
+    kind, architecture, tmp_path
+):
+    def rename(config, tensors):
+        config["architectures"] = [architecture]
+
+    write(tmp_path / "a", kind, "seq2seq-lm" if kind in WRITING else "masked-lm", rename)
+    with pytest.raises(CheckpointError, match=rf"{architecture}.*not supported.*give task="):
+        load(tmp_path / "a")
+
+
+def test_a_classifier_that_reads_to_the_end_needs_one_end_token(tmp_path):
+    def forget(config, tensors):
+        config["eos_token_id"] = [1, 2]
+
+    write(tmp_path / "a", "bart", "sequence-classification", forget)
+    with pytest.raises(CheckpointError, match=r"eos_token_id=\[1, 2\].*one token"):
+        load(tmp_path / "a")
 
 
 def test_a_new_head_has_the_dtype_of_the_rest(tmp_path):

@@ -77,22 +77,30 @@ def test_an_encoder_read_and_written_again_is_the_same_to_transformers(base, tas
     )
 
 
-@pytest.mark.parametrize("name", ["t5", "t5_gated_untied", "mt5", "bart"])
-def test_an_encoder_decoder_read_and_written_again_is_the_same_to_transformers(name, tmp_path):
-    hf = seq2seq.checkpoint(name).hf
-    hf.save_pretrained(tmp_path / "theirs")
+WRITING = [(name, seq2seq.WRITING) for name in ("t5", "t5_gated_untied", "mt5", "bart")]
+
+
+@pytest.mark.parametrize(("name", "task"), [*WRITING, *seq2seq.READING])
+def test_an_encoder_decoder_read_and_written_again_is_the_same_to_transformers(
+    name, task, tmp_path
+):
+    made = seq2seq.checkpoint(name, task)
+    made.hf.save_pretrained(tmp_path / "theirs")
     save_pretrained(tmp_path / "ours", *load(tmp_path / "theirs"))
     theirs, ours = (load_file(tmp_path / s / "model.safetensors") for s in ("theirs", "ours"))
     assert ours.keys() == theirs.keys()
     for key, tensor in theirs.items():
         np.testing.assert_array_equal(ours[key], tensor)
-    again, report = type(hf).from_pretrained(
+    again, report = type(made.hf).from_pretrained(
         tmp_path / "ours", attn_implementation="eager", output_loading_info=True
     )
     assert not any(report.values())
-    inputs = seq2seq.batch()
+    inputs = seq2seq.batch() if task == seq2seq.WRITING else seq2seq.read_batch(made)
     np.testing.assert_array_equal(
-        *(seq2seq.run_theirs(one, **inputs).logits for one in (hf, again.eval()))
+        *(
+            encoders.logits_of(encoders.run_theirs(one, inputs))
+            for one in (made, made._replace(hf=again.eval()))
+        )
     )
 
 

@@ -1,6 +1,7 @@
 # ruff: noqa: E402
 """Files of encoder-decoders: 4-bit ones, adapters of them, and what they say of how to write."""
 
+import copy
 import json
 
 import jax
@@ -16,6 +17,7 @@ from transformers import AutoModelForSeq2SeqLM, BitsAndBytesConfig
 from jqlora.attach import bind, init, plan
 from jqlora.errors import AdapterFileError
 from jqlora.io import fresh_head, load, load_adapter, save_adapter, save_pretrained
+from jqlora.io.adapter_head import head_of
 from jqlora.io.checkpoint import open_checkpoint
 from jqlora.io.merge_files import merge_checkpoint
 from jqlora.io.source import resolve
@@ -23,7 +25,7 @@ from jqlora.methods import LoRA
 from jqlora.models import family_for
 from jqlora.quant import NF4, QTensor
 from jqlora.tree import flatten
-from tests.models import seq2seq
+from tests.models import encoders, seq2seq
 from tests.models.variants import gap
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
@@ -92,6 +94,35 @@ def test_an_adapter_is_folded_into_the_files_as_peft_folds_it(tmp_path):
         for model in (torch_model(tmp_path / "merged"), theirs)
     )
     assert gap(found, expected) < 1e-5
+
+
+def test_a_head_that_peft_knows_by_no_name_is_trained_whole_if_it_is_told(tmp_path):
+    made = seq2seq.checkpoint("bart", encoders.SEQUENCE)
+    options = peft.LoraConfig(
+        r=3,
+        target_modules=["q_proj", "fc2"],
+        task_type="SEQ_CLS",
+        modules_to_save=["classification_head"],
+    )
+    theirs = peft.get_peft_model(copy.deepcopy(made.hf), options).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.1)
+    theirs.save_pretrained(tmp_path / "theirs")
+    planned, adapters = load_adapter(tmp_path / "theirs", made.model, made.params)
+    assert {leaf.path[0] for leaf in planned.full} == {"classification_head"}
+    assert head_of(tmp_path / "theirs") == {"task": encoders.SEQUENCE, "num_labels": 3}
+    inputs = seq2seq.read_batch(made)
+    expected = encoders.run_theirs(made._replace(hf=theirs), inputs).logits
+    apply = jax.jit(bind(made.model, planned))
+    found = apply({"params": made.params, **adapters}, **jax.tree.map(jnp.asarray, inputs))
+    assert gap(found.logits, expected) < 1e-5
+    save_adapter(tmp_path / "ours", planned, adapters, model=made.model)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(made.hf), tmp_path / "ours").eval()
+    same = encoders.run_theirs(made._replace(hf=again), inputs).logits
+    np.testing.assert_array_equal(same, expected)
 
 
 def test_an_adapter_of_the_shared_embedding_has_no_place_in_pefts_files(tmp_path):

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jqlora.models import family_of
+from jqlora.models import family_of, task_of
+from tests.models.encoders import ANSWERS, AUTO, LABELS, SEQUENCE, TOKENS
 from tests.models.variants import Checkpoint, params_from
 
 T5 = {
@@ -48,17 +49,30 @@ ROWS: dict[str, dict[str, Any]] = {
     "bart": BART,
     "bart_scaled_relu": BART | {"scale_embedding": True, "activation_function": "relu"},
 }
+WRITING = "seq2seq-lm"
+# which of them have heads that read, and with which of the rows above these are checked
+READING = [
+    ("bart", SEQUENCE),
+    ("bart_scaled_relu", ANSWERS),
+    ("t5_gated_untied", SEQUENCE),
+    ("mt5", TOKENS),
+    ("t5", ANSWERS),
+]
 
 
 @functools.cache
-def checkpoint(name: str, **extra: Any) -> Checkpoint:
+def checkpoint(name: str, task: str = WRITING, **extra: Any) -> Checkpoint:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    config = transformers.AutoConfig.for_model(**ROWS[name] | extra)
-    auto = transformers.AutoModelForSeq2SeqLM
+    labels = {} if task in (WRITING, ANSWERS) else {"num_labels": LABELS}
+    config = transformers.AutoConfig.for_model(**ROWS[name] | labels | extra)
+    if name.startswith("bart") and task == ANSWERS:
+        config.num_labels = 2  # as the class itself would say a moment later
+    auto = getattr(transformers, {**AUTO, WRITING: "AutoModelForSeq2SeqLM"}[task])
     hf = auto.from_config(config, attn_implementation="eager").eval()
     untied = ROWS[name].get("tie_word_embeddings") is False
-    if untied:  # transformers 5 ties what it makes of a config, whatever that says
+    # transformers 5 ties what it makes of a config, whatever that says
+    if untied and task == WRITING:
         hf.lm_head.weight = torch.nn.Parameter(torch.empty_like(hf.lm_head.weight))
     generator = torch.Generator().manual_seed(sum(name.encode()))
     with torch.no_grad():
@@ -70,7 +84,7 @@ def checkpoint(name: str, **extra: Any) -> Checkpoint:
     written = config.to_dict() | {"architectures": [type(hf).__name__]}
     written["tie_word_embeddings"] = not untied
     family = family_of(written)
-    model = family.build(family.parse(written), dtype=jnp.float32)
+    model = family.build(family.parse(written), task=task_of(written), dtype=jnp.float32)
     return Checkpoint(hf, written, model, params_from(hf.state_dict(), model))
 
 
@@ -87,6 +101,16 @@ def batch(rows: int = 3, length: int = 14, targets: int = 9, seed: int = 0) -> d
         "labels": np.where(asked, labels, -100),
     }
     return {name: array.astype(np.int32) for name, array in arrays.items()}
+
+
+def read_batch(made: Checkpoint, **options: Any) -> dict[str, np.ndarray]:
+    """The text's side of a batch for a head that reads; each row ends in its end token."""
+    found = batch(**options)
+    ids, mask = found["input_ids"], found["attention_mask"]
+    end, padding = made.config["eos_token_id"], made.config["pad_token_id"]
+    last = np.arange(ids.shape[1])[None] == mask.sum(1, keepdims=True) - 1
+    ids = np.where(last, end, np.where(mask > 0, ids, padding))
+    return {"input_ids": ids.astype(np.int32), "attention_mask": mask}
 
 
 def decoder_inputs(config: Any, labels: np.ndarray) -> np.ndarray:

@@ -12,10 +12,11 @@ torch = pytest.importorskip("torch")
 
 from jqlora.errors import CheckpointError, ConfigError  # noqa: E402
 from jqlora.models import family_of, loop_to_scan, scan_to_loop  # noqa: E402
-from jqlora.models.t5 import build_t5, distance_buckets  # noqa: E402
+from jqlora.models.t5 import distance_buckets  # noqa: E402
+from jqlora.models.t5_model import build_t5  # noqa: E402
 from jqlora.train import loss_for  # noqa: E402
 from jqlora.tree import flatten, unflatten  # noqa: E402
-from tests.models import seq2seq  # noqa: E402
+from tests.models import encoders, seq2seq  # noqa: E402
 from tests.models.variants import gap  # noqa: E402
 
 pytestmark = pytest.mark.parity
@@ -83,6 +84,35 @@ def test_logits_loss_and_every_hidden_state_equal_transformers(name, record_prop
     batch = {"input_ids": inputs["input_ids"], "labels": jnp.asarray(labels)}
     total, count = loss_for(checkpoint.model)(apply, {}, batch, None)
     np.testing.assert_allclose(total / count, float(theirs.loss), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "task"), seq2seq.READING)
+def test_heads_that_read_equal_transformers(name, task, record_property):
+    checkpoint = seq2seq.checkpoint(name, task)
+    inputs = seq2seq.read_batch(checkpoint)
+    theirs, ours = encoders.run_theirs(checkpoint, inputs), run(checkpoint, inputs)
+    real = inputs["attention_mask"].astype(bool)
+    compared = 0
+    for field in ("hidden_states", "encoder_hidden_states", "decoder_hidden_states"):
+        states = getattr(ours, field, None)
+        if states is not None:
+            for mine, state in zip(states, getattr(theirs, field), strict=True):
+                assert gap(np.asarray(mine)[real], state.numpy()[real]) < LIMIT, field
+                compared += 1
+    assert compared >= 3
+    mine, found = (encoders.logits_of(output) for output in (ours, theirs))
+    by_row = task == encoders.SEQUENCE
+    logits = gap(mine, found) if by_row else gap(mine[real], found[real])
+    record_property("logits", logits)
+    assert logits < LIMIT
+
+
+def test_a_text_without_its_end_has_no_class():
+    checkpoint = seq2seq.checkpoint("bart", encoders.SEQUENCE)
+    inputs = seq2seq.read_batch(checkpoint)
+    inputs["input_ids"][1] = np.where(inputs["input_ids"][1] == 2, 5, inputs["input_ids"][1])
+    logits = np.asarray(run(checkpoint, inputs).logits)
+    np.testing.assert_array_equal(np.isnan(logits).all(1), [False, True, False])
 
 
 @every_row

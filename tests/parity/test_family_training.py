@@ -181,7 +181,7 @@ def test_sixty_steps_of_training_follow_those_of_peft(case, record_property):
     row, model = case.row, case.theirs
     theirs = torch_side.observe(copy.deepcopy(model), row.batches, RECIPE)
     ours = case.ours.observe(row.params, case.adapters, row.batches)
-    stacks = family_for(row.model).naming.stacks
+    stacks = family_for(row.model).naming_for(row.model.task).stacks
     made = measure(ours, theirs, dtype="float32", stacks=stacks)
     for one in made:
         record_property(f"{one.quantity} {one.name}", one.error)

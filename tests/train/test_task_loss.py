@@ -1,4 +1,4 @@
-"""The losses of encoders' heads beside the ``.loss`` of transformers, live."""
+"""The losses of heads that read beside the ``.loss`` of transformers, live."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 from jqlora.errors import ConfigError  # noqa: E402
 from jqlora.models.outputs import EncoderOutput, QuestionAnsweringOutput  # noqa: E402
 from jqlora.train import causal_lm_loss, loss_for  # noqa: E402
-from tests.models import encoders  # noqa: E402
+from tests.models import encoders, seq2seq  # noqa: E402
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 SEQUENCE = encoders.SEQUENCE
@@ -47,6 +47,23 @@ CASES = {
         {"problem_type": "multi_label_classification"},
         {"labels": BITS},
     ),
+    "one label of BART": ("bart", SEQUENCE, {}, {}),
+    "several labels of BART": (
+        "bart",
+        SEQUENCE,
+        {"problem_type": "multi_label_classification"},
+        {"labels": BITS},
+    ),
+    "regression of BART": (
+        "bart",
+        SEQUENCE,
+        {"num_labels": 1},
+        {"labels": ONE.astype(np.float32)},
+    ),
+    "answers of BART": ("bart", encoders.ANSWERS, {}, {}),
+    "one label of T5": ("t5", SEQUENCE, {}, {}),
+    "labels of tokens of mT5": ("mt5", encoders.TOKENS, {}, {}),
+    "answers of T5": ("t5", encoders.ANSWERS, {}, {}),
     "labels of tokens": ("roberta", encoders.TOKENS, {}, {}),
     "answers": ("bert", encoders.ANSWERS, {}, {}),
     "answers outside of the row": (
@@ -61,8 +78,9 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_losses_equal_those_of_transformers(case):
     base, task, extra, labels = CASES[case]
-    encoder = encoders.checkpoint(base, task, **extra)
-    inputs = encoders.batch(encoder)
+    decodes = base in seq2seq.ROWS
+    encoder = (seq2seq if decodes else encoders).checkpoint(base, task, **extra)
+    inputs = seq2seq.read_batch(encoder) if decodes else encoders.batch(encoder)
     batch = inputs | encoders.targets(encoder, inputs) | labels
     theirs = encoders.run_theirs(encoder, batch)
 
