@@ -7,6 +7,7 @@ checkpoint.
 """
 
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from jqlora.run.summary import summarize
 from jqlora.train.checkpoint import Checkpoints
 from jqlora.train.directory import RunDirectory
 from jqlora.train.evaluate import Evaluation
-from jqlora.train.loop import Every, Fit, fit, log_evaluations
+from jqlora.train.loop import Every, Fit, Trainee, fit, log_evaluations, stop_at
 from jqlora.train.metrics import MetricsLog, read_metrics
 from jqlora.train.progress import Progress
 from jqlora.train.ranks import rank_record
@@ -102,11 +103,15 @@ def _train(config: RunConfig, run: RunDirectory, prepared: Prepared, say: Say) -
         say(f"going on from step {int(state.step)} of {total}")
     done = int(state.step)
 
-    log = MetricsLog(run.metrics, through=done if restored is not None else None)
+    trainee = Trainee(
+        log=MetricsLog(run.metrics, through=done if restored is not None else None),
+        schedule=choices.schedule(config.train, total),
+        lost=functools.partial(stop_at, run.bad_batch),
+    )
     progress = Progress(total, done=done)
     try:
         if restored is None:
-            _measure_before(session, state.adapters, log, progress)
+            _measure_before(session, state.adapters, trainee, progress)
         say("compiling the training step")
         result = fit(
             state,
@@ -125,24 +130,22 @@ def _train(config: RunConfig, run: RunDirectory, prepared: Prepared, say: Say) -
                 evaluate=config.train.eval_every,
                 save=config.train.save_every,
             ),
-            schedule=choices.schedule(config.train, total),
+            trainees=[trainee],
             checkpoints=checkpoints,
-            log=log,
             progress=progress,
-            evaluate=session.measure,
-            bad_batch=run.bad_batch,
+            evaluate=lambda state, _: session.measure(state.adapters),
             seconds_before=_seconds_so_far(run),
         )
     finally:
         progress.close()
-        log.close()
+        trainee.log.close()
     if result.signal is not None:
         return Outcome(run.path, result.signal, None)
     return _finish(session, result, say)
 
 
 def _measure_before(
-    session: Session, adapters: Adapters, log: MetricsLog, progress: Progress
+    session: Session, adapters: Adapters, trainee: Trainee, progress: Progress
 ) -> None:
     """Losses and answers of the untrained model; measured once, however often a run is resumed."""
     known = session.run.read_before_after()
@@ -153,7 +156,7 @@ def _measure_before(
     evaluations = {
         name: Evaluation.of(found) for name, found in known["before"]["evaluations"].items()
     }
-    log_evaluations(log, progress, 0, evaluations)
+    log_evaluations(trainee, progress, 0, evaluations)
 
 
 def _finish(session: Session, result: Fit, say: Say) -> Outcome:

@@ -8,12 +8,15 @@ at any moment resumes to the same rows.
 The loop keeps one step in flight: it hands the device step ``s + 1`` before it reads the loss of
 step ``s``. A loss that is not finite is therefore seen one step late, but always before the next
 checkpoint.
+
+Several adapters may be trained by one step (:mod:`jqlora.train.together`): each is a
+:class:`Trainee` with a log of its own, and a run of one has one.
 """
 
 import dataclasses
 import io
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,9 +34,8 @@ from jqlora.train.loss import Batch
 from jqlora.train.metrics import MetricsLog, Row
 from jqlora.train.progress import Progress
 from jqlora.train.signals import deferred_signals
-from jqlora.train.state import TrainState
-from jqlora.train.step import Metrics, Step
-from jqlora.types import Adapters, Params
+from jqlora.train.step import Metrics
+from jqlora.types import Params
 
 
 class ResumableBatches(Protocol):
@@ -53,44 +55,58 @@ class Every:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Trainee:
+    """One of the adapters that a step trains.
+
+    ``lost(number, values, batch)`` hears of the step whose loss or gradient norm was NaN or
+    infinite; where it does not raise, the others go on without this one.
+    """
+
+    log: MetricsLog
+    schedule: optax.Schedule
+    lost: Callable[[int, dict[str, float], Batch], None]
+    name: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Fit:
     """How training ended. ``signal`` names what stopped it early, None where it ran through."""
 
-    state: TrainState
+    state: Any
     signal: str | None
     compile_seconds: float
     train_seconds: float
 
 
 def fit(
-    state: TrainState,
+    state: Any,
     params: Params,
     *,
-    step: Step,
+    step: Callable[[Any, Params, Batch], tuple[Any, Any]],
     batches: ResumableBatches,
     total_steps: int,
     every: Every,
-    schedule: optax.Schedule,
+    trainees: Sequence[Trainee],
     checkpoints: Checkpoints,
-    log: MetricsLog,
     progress: Progress,
-    evaluate: Callable[[Adapters], Mapping[str, Evaluation]] | None = None,
-    bad_batch: Path,
+    evaluate: Callable[[Any, int], Mapping[str, Evaluation]] | None = None,
     seconds_before: float = 0.0,
 ) -> Fit:
     """Train from ``state.step`` to ``total_steps``; ``state`` is donated.
 
+    ``step`` is that of ``make_train_step`` for a single trainee, else of ``make_joint_step``.
     ``seconds_before`` is the time that the steps made before took.
 
     A checkpoint is always made at the last step, and at the step in which SIGINT or SIGTERM came
-    (a second SIGINT stops at once). ``evaluate(adapters)`` returns named evaluations, each a row of
-    the log.
+    (a second SIGINT stops at once). ``evaluate(state, i)`` returns named evaluations of trainee i,
+    each a row of its log.
 
-    Raises NonFiniteLoss when loss or gradient norm is NaN or infinite, after saving the batch to
-    ``bad_batch`` (npz); checkpoints stay as they were. Raises SaveError when the disk is full.
+    Raises NonFiniteLoss when every trainee is lost, which leaves checkpoints as they were, and what
+    their ``lost`` raises. Raises SaveError when the disk is full.
     """
     clock = Clock(seconds_before)
-    pending: tuple[int, Batch, Metrics] | None = None
+    pending: tuple[int, Batch, Metrics | tuple[Metrics, ...]] | None = None
+    going = dict(enumerate(trainees))
 
     def settle() -> None:
         nonlocal pending
@@ -98,18 +114,27 @@ def fit(
             return
         number, batch, metrics = pending
         pending = None
-        values = {name: np.asarray(value).item() for name, value in metrics.items()}
-        if not all(math.isfinite(value) for value in values.values()):
-            _stop_at(number, values, batch, bad_batch)
+        of_all = metrics if isinstance(metrics, tuple) else (metrics,)
+        rows: dict[int, Row] = {}
+        for i, trainee in list(going.items()):
+            values = {name: np.asarray(value).item() for name, value in of_all[i].items()}
+            if not all(math.isfinite(value) for value in values.values()):
+                trainee.lost(number, values, batch)
+                del going[i]
+                continue
+            rows[i] = {"step": number, "kind": "train", **values, "tokens": int(values["tokens"])}
+            with jax.numpy_dtype_promotion("standard"):
+                rows[i]["learning_rate"] = float(jnp.asarray(trainee.schedule(number - 1)))
+        if not going:
+            raise NonFiniteLoss(f"at step {number} the last loss is no number: lower train.lr")
         rate = clock.step(_real_tokens(batch))
-        row: Row = {"step": number, "kind": "train", **values, "tokens": int(values["tokens"])}
-        with jax.numpy_dtype_promotion("standard"):
-            row["learning_rate"] = float(jnp.asarray(schedule(number - 1)))
-        row |= {"tokens_per_second": round(rate, 1), "seconds": round(clock.seconds, 3)}
+        for row in rows.values():
+            row |= {"tokens_per_second": round(rate, 1), "seconds": round(clock.seconds, 3)}
         due = _due(number, every.log, total_steps)
-        progress.step(row, log=due)
+        progress.step([*rows.values()], log=due)
         if due:
-            log.write(row)
+            for i, row in rows.items():
+                going[i].log.write(row)
 
     with deferred_signals() as caught:
         for number in range(int(state.step) + 1, total_steps + 1):
@@ -121,11 +146,13 @@ def fit(
             if evaluate is not None and _due(number, every.evaluate, total_steps):
                 settle()
                 with clock.paused():
-                    log_evaluations(log, progress, number, evaluate(state.adapters))
+                    for i, trainee in going.items():
+                        log_evaluations(trainee, progress, number, evaluate(state, i))
             if _due(number, every.save, total_steps) or caught:
                 settle()
                 with clock.paused():
-                    log.sync()
+                    for trainee in trainees:
+                        trainee.log.sync()
                     checkpoints.save(state, batches.get_state())
             if caught:
                 break
@@ -139,29 +166,31 @@ def fit(
 
 
 def log_evaluations(
-    log: MetricsLog, progress: Progress, number: int, found: Mapping[str, Evaluation]
+    trainee: Trainee, progress: Progress, number: int, found: Mapping[str, Evaluation]
 ) -> None:
     """One row and one line for each evaluation made after ``number`` steps."""
+    of = f"{trainee.name}: " if trainee.name else ""
     for name, result in found.items():
         scores = dict(result.metrics)
         row: Row = {"step": number, "kind": name, "loss": result.loss, "tokens": result.tokens}
-        log.write(row | ({"metrics": scores} if scores else {}))
+        trainee.log.write(row | ({"metrics": scores} if scores else {}))
         told = scores or {"perplexity": result.perplexity}
         numbers = ", ".join(f"{what} {value:.4g}" for what, value in told.items())
-        progress.say(f"step {number}: {name} loss {result.loss:.4f}, {numbers}")
+        progress.say(f"step {number}: {of}{name} loss {result.loss:.4f}, {numbers}")
 
 
 def _real_tokens(batch: Batch) -> int:
-    """Tokens of a batch that are no padding."""
-    mask = batch["segment_ids"] if "segment_ids" in batch else batch["attention_mask"]
-    return int((np.asarray(mask) > 0).sum())
+    """Tokens that are no padding, of a batch [B, T], or on average of one of several [n, B, T]."""
+    mask = np.asarray(batch["segment_ids"] if "segment_ids" in batch else batch["attention_mask"])
+    return int((mask > 0).sum()) // (len(mask) if mask.ndim == 3 else 1)
 
 
 def _due(number: int, every: int, total: int) -> bool:
     return number == total or (every > 0 and number % every == 0)
 
 
-def _stop_at(number: int, values: dict[str, float], batch: Batch, path: Path) -> None:
+def stop_at(path: Path, number: int, values: dict[str, float], batch: Batch) -> None:
+    """Save the batch to ``path`` (npz) and raise NonFiniteLoss: how a run of one is lost."""
     buffer = io.BytesIO()
     arrays: dict[str, Any] = {name: np.asarray(leaf) for name, leaf in batch.items()}
     np.savez(buffer, step=np.int64(number), **arrays)

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Sequence
 from typing import TextIO
 
 from tqdm import tqdm
@@ -23,12 +24,15 @@ class Progress:
                 total=total, initial=done, file=self.stream, unit="step", dynamic_ncols=True
             )
 
-    def step(self, row: Row, *, log: bool) -> None:
-        """Show one step's row: always on the bar; as a line, where there is none, if ``log``."""
+    def step(self, rows: Sequence[Row], *, log: bool) -> None:
+        """Show one step's rows, one for each adapter that it trained: always on the bar; as a line,
+        where there is none, if ``log``."""
+        row, losses = rows[0], sorted(row["loss"] for row in rows)
         self._first = self._first or (time.perf_counter(), row["step"])
-        numbers = (
-            f"loss {row['loss']:.4f} · {row['tokens_per_second']:.0f} tok/s · {self._memory()}"
-        )
+        shown = f"loss {losses[0]:.4f}"
+        shown += f" to {losses[-1]:.4f} of {len(rows)}" if len(rows) > 1 else ""
+        rate = sum(row["tokens_per_second"] for row in rows)
+        numbers = f"{shown} · {rate:.0f} tok/s · {self._memory()}"
         if self._bar is not None:
             self._bar.update()
             self._bar.set_postfix_str(numbers)

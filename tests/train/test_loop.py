@@ -1,5 +1,6 @@
 """The loop: what is logged when, and that stopping and going on changes nothing."""
 
+import functools
 import io
 import json
 import os
@@ -15,7 +16,7 @@ from jqlora.errors import NonFiniteLoss
 from jqlora.train import TrainState, make_train_step
 from jqlora.train.checkpoint import Checkpoints
 from jqlora.train.evaluate import Evaluation
-from jqlora.train.loop import Every, fit
+from jqlora.train.loop import Every, Trainee, fit, stop_at
 from jqlora.train.metrics import WALL_CLOCK, MetricsLog, read_metrics
 from jqlora.train.progress import Progress
 from tests.train import toy
@@ -66,8 +67,10 @@ def run(folder, events=None, *, evaluate_every=2, save_every=2, stream=None):
     log = MetricsLog(folder / "metrics.jsonl", through=int(state.step) if restored else None)
     progress = Progress(TOTAL, done=int(state.step), stream=stream or io.StringIO())
 
-    def evaluate(adapters):
-        total = sum(float(jnp.abs(leaf).sum()) for leaf in jax.tree.leaves(adapters))
+    lost = functools.partial(stop_at, folder / "bad_batch.npz")
+
+    def evaluate(state, _):
+        total = sum(float(jnp.abs(leaf).sum()) for leaf in jax.tree.leaves(state.adapters))
         return {"heldout": Evaluation(loss=total, tokens=1)}
 
     try:
@@ -78,12 +81,10 @@ def run(folder, events=None, *, evaluate_every=2, save_every=2, stream=None):
             batches=batches,
             total_steps=TOTAL,
             every=Every(log=1, evaluate=evaluate_every, save=save_every),
-            schedule=SCHEDULE,
+            trainees=[Trainee(log=log, schedule=SCHEDULE, lost=lost)],
             checkpoints=checkpoints,
-            log=log,
             progress=progress,
             evaluate=evaluate,
-            bad_batch=folder / "bad_batch.npz",
         )
     finally:
         log.close()
