@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from jqlora.compacting import as_lora, compact
     from jqlora.generation import generate
     from jqlora.io import (
+        Cache,
         abstract_params,
         load,
         load_adapter,
@@ -33,6 +34,7 @@ __all__ = [
     "INT8",
     "NF4",
     "AdaLoRA",
+    "Cache",
     "LoRA",
     "Plan",
     "QTensor",
@@ -64,6 +66,7 @@ _HOMES = {
     "jqlora.compacting": ("as_lora", "compact"),
     "jqlora.generation": ("generate",),
     "jqlora.io": (
+        "Cache",
         "abstract_params",
         "load",
         "load_adapter",

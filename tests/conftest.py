@@ -6,6 +6,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
 )
+os.environ["JQLORA_CACHE"] = "off"  # nothing of a test stays behind
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would reach the hub must fail, not wait
 
 import itertools

@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from jqlora.cli import compare, generate, merge, plan, quantize, resume, train
+from jqlora.cli import cache, compare, generate, merge, plan, quantize, resume, train
 from jqlora.cli import eval as evaluate
 from jqlora.errors import JqloraError
 
@@ -24,6 +24,7 @@ COMMANDS = {
     "merge": merge,
     "quantize": quantize,
     "compare": compare,
+    "cache": cache,
 }
 BAD_INPUT = 2
 

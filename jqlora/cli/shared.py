@@ -70,7 +70,7 @@ def _metrics(found: Any, when: str) -> dict[str, float]:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """MODEL, ``--adapter``, ``--quantize`` and ``--dtype``."""
+    """MODEL, ``--adapter``, ``--quantize``, ``--dtype`` and ``--cache``."""
     parser.add_argument(
         "model",
         metavar="MODEL",
@@ -88,6 +88,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16"),
         help="of the computation; auto is float32 on CPUs, else bfloat16",
+    )
+    parser.add_argument(
+        "--cache",
+        default="auto",
+        metavar="DIR",
+        help="where 4-bit codes and programs are kept for the next start: a directory, auto, off",
     )
 
 
@@ -112,6 +118,7 @@ def open_model(args: argparse.Namespace, **head: Any) -> tuple[Any, Any, dict[st
     from jqlora.io.peft import load_adapter
     from jqlora.run import choices
     from jqlora.run.head import fresh_modules, with_skip
+    from jqlora.run.keeping import keep
     from jqlora.run.loading import LoadingBar
 
     if args.adapter is None and (fresh := fresh_modules(args.model, head)):
@@ -126,6 +133,7 @@ def open_model(args: argparse.Namespace, **head: Any) -> tuple[Any, Any, dict[st
             args.model,
             quantize=quantization(args.quantize),
             dtype=dtype,
+            cache=keep(args.cache, say),
             progress=bar,
             **with_skip(args.model, head),
         )

@@ -44,6 +44,9 @@ class ModelConfig:
     """Store the linear layers as codes; null keeps them whole."""
     remat: Literal["none", "dots", "full"] = "dots"
     """What the backward pass recomputes: ``dots`` all but products, ``full`` whole layers."""
+    cache: str = "auto"
+    """Where 4-bit codes and compiled programs are kept for the next start: a directory, ``auto``
+    ($JQLORA_CACHE, or ~/.cache/jqlora), or ``off``."""
     attention: Literal["auto", "xla", "cudnn"] = "auto"
     """Which implementation of attention; encoders have one, ``auto``."""
     task: (

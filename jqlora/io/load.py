@@ -7,8 +7,10 @@ tensor above the result, on the CPU too.
 """
 
 import dataclasses
+import functools
 import logging
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,6 +20,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from jqlora import tree
+from jqlora.io.cache import Cache
 from jqlora.io.checkpoint import open_checkpoint, read_config
 from jqlora.io.layout import Layout, abstract_params, lay_out
 from jqlora.io.place import Converter, convert, fill, host_bytes, read_float
@@ -42,6 +45,7 @@ def load(
     task: str | None = None,
     num_labels: int | None = None,
     seed: int = 0,
+    cache: Cache | None = None,
     progress: Progress | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Load a model and its parameters.
@@ -62,6 +66,9 @@ def load(
     taken from the checkpoint and the new head drawn with ``seed``, which the log says and
     :func:`fresh_head` tells beforehand; it means nothing before it is trained.
 
+    With a ``cache`` the codes that ``quantize`` makes are kept on the disk, and the next load reads
+    them instead: the result is the same to the bit (``jqlora.io.cache``).
+
     Returns the Linen module and its ``"params"``. Raises SourceError if there is no such model,
     CheckpointError if its files are damaged or do not fit its config, ConfigError for arguments
     that cannot be met.
@@ -72,12 +79,14 @@ def load(
     name = checkpoint.dtype(dtype)
     model = checkpoint.model(name, scan=scan)
     layout = lay_out(checkpoint, model, quantize, skip)
-    leaves: dict[Path, Any] = {}
+    drawn: dict[Path, Any] = {}
     if layout.fresh:
         new = ", ".join(item.hf for item in layout.fresh)
         logger.warning("%s: drawn at random with seed %d: %s", checkpoint.source.label, seed, new)
-        leaves |= _draw(model, layout, seed)
-    _read_into(leaves, layout, name, progress)
+        drawn = _draw(model, layout, seed)
+    read = functools.partial(_read, drawn, dtype=name, progress=progress)
+    copy = None if cache is None else cache.copy_of(checkpoint, quantize, skip, model, layout)
+    leaves = read(layout) if copy is None else copy.load(read, progress)
     return model, tree.unflatten({path: leaves[path] for path in layout.leaves})
 
 
@@ -148,11 +157,11 @@ def _draw(model: Any, layout: Layout, seed: int) -> dict[Path, Any]:
     return leaves
 
 
-def _read_into(
-    leaves: dict[Path, Any], layout: Layout, dtype: str, progress: Progress | None
-) -> None:
-    """Read all tensors, the next ones while one is put into its leaf."""
-    done = 0
+def _read(
+    drawn: Mapping[Path, Any], layout: Layout, dtype: str, progress: Progress | None
+) -> dict[Path, Any]:
+    """``drawn`` and the leaves of all tensors; the next are read while one is put in its place."""
+    leaves, done = dict(drawn), 0
 
     def job(item: HFName) -> Job:
         def use(value: Any) -> None:
@@ -170,6 +179,7 @@ def _read_into(
         )
 
     read_ahead([job(item) for item in layout.tensors])
+    return leaves
 
 
 def _place(layout: Layout, item: HFName, dtype: str, value: Any, leaf: Any) -> Any:

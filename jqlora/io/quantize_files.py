@@ -14,7 +14,7 @@ from jqlora.errors import ConfigError
 from jqlora.io.atomic import atomic_directory, atomic_write_json
 from jqlora.io.checkpoint import Checkpoint, open_checkpoint
 from jqlora.io.formats import quantization_config
-from jqlora.io.layout import lay_out
+from jqlora.io.layout import Layout, lay_out
 from jqlora.io.place import Converter, convert, read_float
 from jqlora.io.readers import TensorInfo, TensorReader
 from jqlora.io.save import MAX_SHARD_BYTES, generation_config, quantized_group
@@ -64,17 +64,32 @@ def quantize_checkpoint(
     name = checkpoint.dtype(dtype)
     model: Any = checkpoint.model(name)
     layout = lay_out(checkpoint, model, spec, skip)
+    config = quantized_config(checkpoint, model, layout, name)
+    with atomic_directory(out) as folder:
+        write_companions(found, config, folder)  # first: they are quick to fail
+        groups = quantized_groups(layout, name)
+        write_weights(folder, groups, max_shard_bytes=max_shard_bytes, progress=progress)
+        atomic_write_json(folder / "config.json", config)
+
+
+def quantized_config(
+    checkpoint: Checkpoint, model: Any, layout: Layout, dtype: str
+) -> dict[str, Any]:
+    """The config.json of ``checkpoint`` once it is stored as ``layout`` says.
+
+    Raises ConfigError if nothing of it is quantized.
+    """
     leaves = {item.hf: layout.leaves[item.path] for item in layout.tensors}
     specs = {hf: leaf.spec for hf, leaf in leaves.items() if isinstance(leaf, QTensor)}
     if not specs:
-        raise ConfigError(f"skip={skip} leaves no matrix to quantize in {found.label}")
-    config = config_of(checkpoint, model, name)
-    config["quantization_config"] = quantization_config(specs, layout.tensors, name)
-    with atomic_directory(out) as folder:
-        write_companions(found, config, folder)  # first: they are quick to fail
-        groups = [_group(layout.reader, item, leaves[item.hf], name) for item in layout.tensors]
-        write_weights(folder, groups, max_shard_bytes=max_shard_bytes, progress=progress)
-        atomic_write_json(folder / "config.json", config)
+        raise ConfigError(f"skip leaves no matrix to quantize in {checkpoint.source.label}")
+    quantization = quantization_config(specs, layout.tensors, dtype)
+    return config_of(checkpoint, model, dtype) | {"quantization_config": quantization}
+
+
+def quantized_groups(layout: Layout, dtype: str) -> list[Group]:
+    """All tensors of ``layout``, to be read and quantized one by one as they are written."""
+    return [_group(layout.reader, i, layout.leaves[i.path], dtype) for i in layout.tensors]
 
 
 def _group(reader: TensorReader, item: HFName, leaf: Any, dtype: str) -> Group:

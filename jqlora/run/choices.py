@@ -22,6 +22,7 @@ from jqlora.data import Template
 from jqlora.methods import AdaLoRA, LoRA, Plan
 from jqlora.quant import BlockQuant
 from jqlora.quant.schemes import SCHEMES
+from jqlora.run.keeping import AUTO, OFF
 
 
 def quantization(config: QuantizeConfig | None) -> BlockQuant | None:
@@ -126,12 +127,14 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     style = data.template
     if style.endswith((".jinja", ".jinja2", ".j2")):
         style = _absolute(style)
-    source = config.model.source
+    source, cache = config.model.source, config.model.cache
     if Path(source).expanduser().exists():
         source = _absolute(source)
+    if cache not in (AUTO, OFF):
+        cache = _absolute(cache)
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, source=source),
+        model=dataclasses.replace(config.model, source=source, cache=cache),
         data=dataclasses.replace(data, **sources, template=style),
         output=dataclasses.replace(config.output, directory=_absolute(config.output.directory)),
     )

@@ -15,6 +15,7 @@ from jqlora.run import choices
 from jqlora.run.answers import Answerer, check_answers
 from jqlora.run.data import RunData, read_records_of
 from jqlora.run.head import Chosen, ready
+from jqlora.run.keeping import keep
 from jqlora.run.loading import LoadingBar
 from jqlora.run.sizes import plan_run
 from jqlora.run.tasks import outputs_of, read_task
@@ -69,7 +70,11 @@ def open_session(config: RunConfig, run: RunDirectory, prepared: Prepared, say: 
     chosen, begin = prepared.chosen, time.perf_counter()
     with LoadingBar(config.model.source, say) as bar:
         model, params = load(
-            config.model.source, seed=config.train.seed, progress=bar, **chosen.loading
+            config.model.source,
+            seed=config.train.seed,
+            cache=keep(config.model.cache, say),
+            progress=bar,
+            **chosen.loading,
         )
     seconds = time.perf_counter() - begin
     model = ready(config, model)

@@ -34,7 +34,8 @@ Q = "model.layers.1.self_attn.q_proj.weight"
 def tensors_of(config: dict[str, Any], dtype: Any = np.float32) -> dict[str, np.ndarray]:
     """Random tensors under their names and in the orientation of a checkpoint."""
     family = models.family_of(config)
-    model = family.build(family.parse(config), dtype=jnp.float32)
+    task = models.task_of(config, None)
+    model = family.build(family.parse(config), task=task, dtype=jnp.float32)
     shapes = tree.flatten(models.abstract_params(model))
     rng = np.random.default_rng(0)
     tensors = {}
