@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jqlora.compare.budgets import BOTH, BUDGETS, EXACT, ROUNDING, Budgets, Quantity
+from jqlora.compare.budgets import BUDGETS, EXACT, NO_FURTHER, ROUNDING, Budgets, Quantity
 from jqlora.compare.observation import Arrays, Observation
 
 FILES = "files"
@@ -51,7 +51,7 @@ def measure(
     """Everything observed, compared within the budgets of ``dtype``.
 
     ``stacks`` are the names of the model's stacks of layers; ``exact`` is the other side in the
-    wider dtype, without which there is no budget for bf16, and none above the fixed one for fp32.
+    wider dtype, and where it is there, it is what ours is held to. bf16 has no budget without it.
     """
     budgets = BUDGETS[dtype]
     if budgets.calibrated and exact is None:
@@ -186,7 +186,8 @@ def _measured(
             noise = max(_rms(theirs - exact), ROUNDING * max(_rms(exact), floor))
             error = _ratio(_rms(ours - exact), noise)
         else:
-            limit = max(limit, BOTH * _ratio(size(theirs - exact), scale))
+            error = _ratio(size(ours - exact), scale)
+            limit = max(limit, NO_FURTHER * _ratio(size(theirs - exact), scale))
     return Measurement(quantity, name, largest, _ratio(largest, span), error, limit)
 
 
@@ -202,7 +203,8 @@ def _losses(
             noise = max(_largest(found - true), ROUNDING * _largest(true))
             error = _ratio(_largest(mine - true), noise)
         else:
-            limit = max(limit, BOTH * _largest((found - true) / true))
+            error = _largest((mine - true) / true)
+            limit = max(limit, NO_FURTHER * _largest((found - true) / true))
     return Measurement(quantity, name, _largest(mine - found), relative, error, limit)
 
 

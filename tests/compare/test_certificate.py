@@ -114,6 +114,30 @@ def test_an_encoder_passes_in_bf16_where_the_other_sides_own_error_is_the_budget
 
 
 @pytest.mark.parity
+def test_the_exact_result_is_nowhere_rounded_to_fp32(toy):
+    pytest.importorskip("bitsandbytes")
+    from jqlora.compare import torch_side
+    from jqlora.compare.inputs import make_inputs
+    from jqlora.compare.observation import Recipe
+    from jqlora.io import describe
+    from jqlora.io.source import resolve
+
+    source = resolve(str(toy / "model"))
+    model, _ = describe(source)
+    batches = make_inputs(model, None, rows=2, length=10).batches
+
+    def loss(dtype):
+        base = torch_side.open_base(source, model.task, "float32")
+        adapted = torch_side.exact(torch_side.adapted(base, toy / "adapter"), dtype)
+        return torch_side.observe(adapted, batches, Recipe(steps=1)).losses[0]
+
+    narrow, wide = loss("float32"), loss("float64")
+    assert float(np.float32(narrow)) == narrow
+    assert float(np.float32(wide)) != wide  # transformers takes logits to fp32 for the loss
+    assert abs(narrow - wide) < 1e-6 * wide
+
+
+@pytest.mark.parity
 def test_one_weight_that_differs_fails_and_the_first_layer_after_it_is_named(
     toy, tmp_path, capsys, monkeypatch
 ):
