@@ -74,9 +74,9 @@ class DataConfig:
     stride: Count = 128
     """Tokens that windows of a long text share, in question answering."""
     prefix: str = ""
-    """What an encoder-decoder reads before each text, such as ``"summarize: "``."""
+    """What a model that writes reads before each text, such as ``"summarize: "``."""
     target_length: Positive = 128
-    """Tokens that an encoder-decoder writes at most."""
+    """Tokens that it writes at most; beside ``length``, which bounds what it reads."""
     heldout: str | tuple[str, ...] | None = None
     """Records never trained on, whose loss is reported."""
     heldout_share: Annotated[float, Field(gt=0, lt=1)] | None = None

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from jqlora.errors import ConfigError
+from jqlora.models.tasks import GENERATING
 from jqlora.tasks import TASKS, task_named
 
 if TYPE_CHECKING:
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
 TRAINABLE = tuple(name for name, task in TASKS.items() if task.kind != "choices")
 """Tasks that one trains on."""
 OF_TEXT = ("heldout", "heldout_share", "general", "train_on", "template")
+FITTING = {"spans": ("error", "split"), "masked": ("error", "truncate", "split")}
+"""What may become of long records, by the kind of task, where it is not error or truncate."""
 OF_TASKS = ("validation", "labels", "stride", "prefix", "target_length")
 
 
@@ -31,12 +34,12 @@ def check_data(data: "DataConfig") -> None:
     _refuse_changed(data, OF_TEXT, f"is for text, not for data.task={task.name!r}")
     if data.packing:
         raise ConfigError("data.packing=true: a task has one record a row; leave it null")
-    fitting = ("error", "split") if task.kind == "spans" else ("error", "truncate")
+    fitting = FITTING.get(task.kind, ("error", "truncate"))
     if data.too_long not in fitting:
         raise ConfigError(
             f"data.too_long={data.too_long!r}: {task.name} takes {' or '.join(map(repr, fitting))}"
         )
-    if data.labels and (task.kind != "labels" or task.labels or task.number):
+    if data.labels and (not task.has_labels or task.labels or task.number):
         raise ConfigError(f"data.labels: {task.name} has labels of its own; leave it out")
     if len(set(data.labels)) < len(data.labels):
         raise ConfigError("data.labels names a class twice")
@@ -54,18 +57,20 @@ def check_head(config: "RunConfig") -> None:
             raise ConfigError("model.num_labels needs data.task")
         return
     task = TASKS[data.task]
-    if model.task not in (None, task.head):
+    heads = GENERATING if task.kind == "texts" else (task.head,)
+    if model.task is not None and model.task not in heads:
         raise ConfigError(
-            f"model.task={model.task!r}, but data.task={task.name!r} needs {task.head!r}"
+            f"model.task={model.task!r}, but data.task={task.name!r} needs "
+            f"{' or '.join(map(repr, heads))}"
         )
-    if task.kind != "labels" and model.num_labels is not None:
+    if not task.has_labels and model.num_labels is not None:
         raise ConfigError(f"model.num_labels has no meaning for data.task={task.name!r}")
     known = task.num_labels or len(data.labels) or None
     if None not in (known, model.num_labels) and known != model.num_labels:
         raise ConfigError(
             f"model.num_labels={model.num_labels}, but data.task={task.name!r} has {known}"
         )
-    if task.kind == "labels" and known is None and model.num_labels is None:
+    if task.has_labels and known is None and model.num_labels is None:
         raise ConfigError(f"data.task={task.name!r} needs model.num_labels or data.labels")
     if config.sample.prompts:
         raise ConfigError("sample.prompts: are for text, not for a data.task")

@@ -18,6 +18,9 @@ from jqlora.data.packing import Batch, fill_row, longest, pack, pad
 from jqlora.data.tokenize import Example
 from jqlora.errors import DataError
 
+Draw = Callable[[Batch, np.random.Generator], Batch]
+"""``draw(batch, generator)``: the batch, changed by chance."""
+
 
 class Loader(Iterator[Batch]):
     """Batches ``[batch_size, length]`` up to ``total_steps``, resumable at any of them.
@@ -108,9 +111,12 @@ def loader_of(
     epochs: float | None = None,
     steps: int | None = None,
     shuffle: bool = True,
+    draw: Draw | None = None,
 ) -> Loader:
     """A loader of rows of any kind, of which ``stack`` makes a batch of up to ``batch_size``.
 
+    ``draw`` changes each batch with a generator of its own, which follows from ``seed`` and the
+    batch's number alone, so that every epoch is another and a resumed run goes on with the same.
     ``content`` and ``order`` are what a resumed run must have alike. Raises DataError for a number
     out of its range.
     """
@@ -126,6 +132,8 @@ def loader_of(
     dataset = dataset.shuffle() if shuffle else dataset
     dataset = dataset.batch(batch_size, batch_fn=stack)
     dataset = dataset.repeat(-(-total // steps_per_epoch))[:total]
+    if draw is not None:
+        dataset = dataset.random_map(draw)
     fingerprint = _fingerprint(content, order)
     return Loader(dataset, rows, steps_per_epoch, fingerprint)
 

@@ -100,6 +100,14 @@ def open_checkpoint(
     )
 
 
+def family_at(source: Source) -> Family:
+    """The family of a checkpoint, by its config alone. Raises CheckpointError as
+    :func:`open_checkpoint` does for a config."""
+    if source.kind == "gguf":
+        return family_of(config_from_gguf(open_gguf(source.path)))
+    return family_of(read_config(source.path / "config.json"))
+
+
 def _read_decoding(path: Path) -> dict[str, Any]:
     """What generation_config.json says instead of config.json, as in transformers: nothing if there
     is none, else what forces tokens, by its silence too, and where to start if it says so."""

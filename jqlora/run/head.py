@@ -11,8 +11,9 @@ from typing import Any
 from jqlora.config import MethodConfig, RunConfig
 from jqlora.errors import ConfigError
 from jqlora.io import fresh_head
+from jqlora.io.checkpoint import family_at
 from jqlora.io.load import describe, describe_config
-from jqlora.io.source import WEIGHTS
+from jqlora.io.source import WEIGHTS, resolve
 from jqlora.models.tasks import trained_whole
 from jqlora.quant.params import SKIP
 from jqlora.run import choices
@@ -59,15 +60,23 @@ def head_of(config: RunConfig) -> dict[str, Any]:
     """``task`` and ``num_labels`` of the model; nothing asked where the run trains on text."""
     if config.data.task is None:
         return {}
-    return head_for(
-        TASKS[config.data.task], config.model.num_labels or len(config.data.labels) or None
-    )
+    task = TASKS[config.data.task]
+    if task.kind == "texts":
+        return {"task": config.model.task or _writing_task(config.model.source)}
+    return head_for(task, config.model.num_labels or len(config.data.labels) or None)
+
+
+def _writing_task(source: str) -> str:
+    """The task of the head by which a model writes: its family has one of them, or is refused for
+    the lack of the other."""
+    heads = family_at(resolve(source)).heads.values()
+    return "causal-lm" if "causal-lm" in heads else "seq2seq-lm"
 
 
 def head_for(task: Task, count: int | None) -> dict[str, Any]:
     """``task`` and ``num_labels`` of the model that serves a task, with ``count`` labels if it has
     no number of its own; None is the checkpoint's."""
-    if task.kind != "labels":
+    if not task.has_labels:
         return {"task": task.head}
     return {"task": task.head, "num_labels": task.num_labels or count}
 
@@ -119,5 +128,10 @@ def fresh_modules(source: str, asked: dict[str, Any]) -> tuple[str, ...]:
     if not asked:
         return ()
     names = fresh_head(source, **asked)
+    if names and asked["task"] == "masked-lm":
+        raise ConfigError(
+            f"{source} has no masked-LM head ({', '.join(names[:2])}, ...), and adapters alone do "
+            "not train a new one: name a checkpoint that has"
+        )
     parts = (part for name in names for part in name.split("."))
     return tuple(dict.fromkeys(part for part in parts if part in HEADS))

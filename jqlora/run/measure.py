@@ -13,8 +13,9 @@ import numpy as np
 from jqlora.data import Template, encode_all, make_loader, read_records
 from jqlora.data.strided import read_documents, strided
 from jqlora.errors import DataError
-from jqlora.run.tasks import Reading, numbering_of, outputs_of
-from jqlora.run.writing import summaries_of_causal
+from jqlora.run.reading import Reading
+from jqlora.run.tasks import numbering_of, outputs_of
+from jqlora.run.writing import causal_writer
 from jqlora.tasks import Task
 from jqlora.tasks.choices import (
     Choice,
@@ -26,6 +27,7 @@ from jqlora.tasks.choices import (
     shots_by_subject,
 )
 from jqlora.tasks.likelihood import Asked, encode_asked, make_likelihood
+from jqlora.tasks.prompted import prompt_of
 from jqlora.tasks.scoring import check_scorable
 from jqlora.tasks.summaries import read_summaries
 from jqlora.train.evaluate import Evaluation, evaluate, make_eval_step
@@ -113,7 +115,7 @@ def measure_task(
     say: Say,
 ) -> dict[str, Any]:
     """``loss`` and ``metrics`` of a task's rows, over so many ``labels`` or, of texts that are
-    written, ``tokens``."""
+    written, ``tokens``; of a task without metrics ``perplexity`` in their place."""
     check_scorable(task)
     reading = Reading(
         task=task,
@@ -130,6 +132,8 @@ def measure_task(
     for line in said:
         say(line)
     found = opened.evaluate(measured.batches, measured.score, outputs_of(task.name))
+    if not task.metrics:
+        return found.record()
     scores, counted = found.metrics, "labels"
     if measured.write is not None:
         scores = measured.write(opened.model, opened.apply, opened.variables)
@@ -150,15 +154,19 @@ def measure_causal_summaries(
     """``metrics`` of what a causal model writes after each text; ``texts`` counts them."""
     check_scorable(task)
     records = read_summaries(task, source)
-    scores = summaries_of_causal(
+    prompts = [
+        prompt_of(record.document, opened.tokenizer, prefix=prefix, max_length=length)
+        for record in records
+    ]
+    write = causal_writer(
         task,
-        records,
-        opened,
-        prefix=prefix,
-        length=length,
+        prompts,
+        [record.summary for record in records],
+        tokenizer=opened.tokenizer,
         rows=rows,
         max_new_tokens=target_length,
     )
+    scores = write(opened.model, opened.apply, opened.variables)
     return {"metrics": scores, "texts": len(records)}
 
 

@@ -1,108 +1,21 @@
 """The rows of a run's task, made into batches and what they are scored by."""
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from jqlora.config import RunConfig
-from jqlora.data import Batch
 from jqlora.errors import ConfigError
+from jqlora.models.seq2seq import EncoderDecoder
+from jqlora.models.seq2seq_heads import end_of
 from jqlora.run.data import RunData, check_warmup
-from jqlora.run.writing import writer
+from jqlora.run.prompted import read_prompted
+from jqlora.run.reading import Reading, left_out
 from jqlora.tasks import TASKS, Task
-from jqlora.tasks.batches import Collate, evaluation_batches, training_batches
-from jqlora.tasks.features import Feature, Report, label_features
-from jqlora.tasks.labelled import read_labelled
-from jqlora.tasks.scoring import OUTPUTS, check_scorable, label_scores, span_scores
-from jqlora.tasks.spans import window_features
-from jqlora.tasks.squad import read_questions
-from jqlora.tasks.summaries import read_summaries, summary_features
-from jqlora.train.evaluate import Measured
-
-Scored = Callable[[list[Batch], list[int]], Measured]
-"""What is measured on batches whose rows are the features in an order."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Reading:
-    """How a task's rows become features of a model."""
-
-    task: Task
-    tokenizer: Any
-    length: int
-    too_long: str = "error"
-    stride: int = 128
-    labels: Sequence[str] = ()
-    numbering: Sequence[int] | None = None
-    prefix: str = ""
-    target_length: int = 0
-
-    def features(self, source: Any) -> tuple[Sequence[Feature], Report, list[str], Scored]:
-        """The features of a source, a report, what was left out, and what scores them."""
-        task, tokenizer = self.task, self.tokenizer
-        if task.kind == "texts":
-            return self._summaries(source)
-        if task.kind == "spans":
-            questions = read_questions(task, source)
-            split = self.too_long == "split"
-            windows, report = window_features(
-                questions, tokenizer, max_length=self.length, stride=self.stride, split=split
-            )
-
-            def scored(batches: list[Batch], order: list[int]) -> Measured:
-                return Measured(batches, span_scores(task, questions, windows, order))
-
-            return windows, report, [], scored
-        records, broken = read_labelled(task, source, self.labels)
-        features, report = label_features(
-            records,
-            tokenizer,
-            max_length=self.length,
-            truncate=self.too_long == "truncate",
-            numbering=self.numbering,
-        )
-
-        def labelled(batches: list[Batch], order: list[int]) -> Measured:
-            return Measured(batches, label_scores(task, records, order, self.numbering))
-
-        return features, report, broken, labelled
-
-    def _summaries(self, source: Any) -> tuple[Sequence[Feature], Report, list[str], Scored]:
-        records = read_summaries(self.task, source)
-        features, report = summary_features(
-            records,
-            self.tokenizer,
-            prefix=self.prefix,
-            max_length=self.length,
-            target_length=self.target_length,
-            truncate=self.too_long == "truncate",
-        )
-
-        def written(batches: list[Batch], order: list[int]) -> Measured:
-            write = writer(
-                self.task,
-                records,
-                batches,
-                order,
-                tokenizer=self.tokenizer,
-                max_new_tokens=self.target_length,
-            )
-            return Measured(batches, write=write)
-
-        return features, report, [], written
-
-    def collate(self, rows: int) -> Collate:
-        """What stacks so many of the features."""
-        pad = self.tokenizer.pad_token_id
-        if pad is None:
-            raise ConfigError("the tokenizer has no padding token, which batches of a task need")
-        return Collate(rows=rows, limit=self.length, pad=pad, target_limit=self.target_length)
-
-    def measured(self, source: Any, rows: int) -> tuple[Measured, list[str]]:
-        """A source in batches of so many rows, with its score; and messages."""
-        features, report, broken, scored = self.features(source)
-        batches, order = evaluation_batches(features, self.collate(rows))
-        return scored(batches, order), [*report.lines(), *_left_out(broken)]
+from jqlora.tasks.batches import training_batches
+from jqlora.tasks.features import Feature
+from jqlora.tasks.scoring import OUTPUTS, check_scorable
 
 
 def read_task(config: RunConfig, tokenizer: Any, model: Any) -> RunData:
@@ -113,6 +26,8 @@ def read_task(config: RunConfig, tokenizer: Any, model: Any) -> RunData:
     data, train = config.data, config.train
     task = TASKS[data.task or ""]
     check_scorable(task)
+    if task.kind == "texts" and model.task == "causal-lm":
+        return read_prompted(config, task, tokenizer, model, _validation(config))
     reading = Reading(
         task=task,
         tokenizer=tokenizer,
@@ -132,9 +47,10 @@ def read_task(config: RunConfig, tokenizer: Any, model: Any) -> RunData:
         seed=train.seed,
         epochs=train.epochs,
         steps=train.steps,
+        draw=reading.draw(),
     )
     check_warmup(config, loader)
-    messages = [f"training: {line}" for line in (*report.lines(), *_left_out(broken))]
+    messages = [f"training: {line}" for line in (*report.lines(), *left_out(broken))]
     messages.append(
         f"training: {loader.total_steps} steps of {train.batch_size} rows of at most {data.length} "
         f"tokens; {loader.steps_per_epoch} steps an epoch"
@@ -158,13 +74,14 @@ def numbering_of(task: Task, model: Any) -> tuple[int, ...] | None:
     Raises ConfigError where its head has another number of labels.
     """
     count = task.num_labels
-    if task.kind != "labels" or count is None:
+    if not task.has_labels or count is None:
         return None
     names = [name.lower() for name in model.config.labels]
     if len(names) != count:
         raise ConfigError(f"{task.name} has {count} labels, the model's head {len(names)}")
-    if task.labels and sorted(names) == sorted(task.labels):
-        return tuple(names.index(name) for name in task.labels)
+    known = [name.lower() for name in task.labels]
+    if known and sorted(names) == sorted(known):
+        return tuple(names.index(name) for name in known)
     return None
 
 
@@ -178,19 +95,22 @@ def _validation(config: RunConfig) -> dict[str, Any]:
 
 
 def _check_labels(task: Task, features: Sequence[Feature], model: Any) -> None:
-    if task.kind != "labels" or task.number:
+    """Raise ConfigError for a label that the head lacks, and for a text without the end token at
+    which an encoder-decoder reads its class."""
+    if not task.has_labels or task.number:
         return
     count = model.config.num_labels
     for feature in features:
-        if feature.targets["labels"] >= count:
+        largest = int(np.max(feature.targets["labels"]))
+        if largest >= count:
             raise ConfigError(
-                f"{feature.origin}: the label {feature.targets['labels']} is beyond the {count} of "
-                "model.num_labels"
+                f"{feature.origin}: the label {largest} is beyond the {count} of model.num_labels"
             )
-
-
-def _left_out(broken: Sequence[str]) -> list[str]:
-    if not broken:
-        return []
-    more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
-    return [f"{len(broken)} lines lack columns and are left out: {', '.join(broken[:3])}{more}"]
+    if task.kind == "labels" and isinstance(model, EncoderDecoder):
+        end = end_of(model.config)
+        for feature in features:
+            if end not in feature.inputs["input_ids"]:
+                raise ConfigError(
+                    f"{feature.origin}: the tokenizer ends the text in no token {end}, at which "
+                    f"{type(model).__name__} reads its class"
+                )

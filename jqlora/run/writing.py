@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 
-from jqlora.data.tokenize import plain_ids
 from jqlora.generation import generate
 from jqlora.run.answers import end_tokens, left_padded
 from jqlora.tasks import Task
@@ -14,8 +13,6 @@ from jqlora.tasks.summaries import Summary, rouge
 from jqlora.train.loss import Batch
 from jqlora.types import Variables
 
-CUE = "\n\nTL;DR:"
-"""What a causal model is given after a text, as GPT-2 was (Radford et al. 2019)."""
 Write = Callable[[Any, Any, Variables], dict[str, float]]
 """``write(model, apply, variables)``: scores of what was written."""
 
@@ -50,40 +47,33 @@ def writer(
     return write
 
 
-def summaries_of_causal(
+def causal_writer(
     task: Task,
-    records: Sequence[Summary],
-    opened: Any,
+    prompts: Sequence[np.ndarray],
+    wanted: Sequence[str],
     *,
-    prefix: str,
-    length: int,
+    tokenizer: Any,
     rows: int,
     max_new_tokens: int,
-) -> dict[str, float]:
-    """ROUGE of what a causal model writes after ``prefix``, the text and :data:`CUE`.
+) -> Write:
+    """ROUGE of what a causal model writes after prompts int32 [n], so many of them at once."""
 
-    A text loses its end where it would leave the prompt longer than ``length`` tokens.
-    """
-    cue = np.asarray(opened.tokenizer.encode(CUE, add_special_tokens=False), np.int32)
-    prompts = [
-        np.concatenate(
-            [plain_ids(prefix + record.document, opened.tokenizer)[: length - len(cue)], cue]
-        )
-        for record in records
-    ]
-    longest = max(map(len, prompts))
-    texts: list[str] = []
-    for start in range(0, len(prompts), rows):
-        chunk = prompts[start : start + rows]
-        tokens = generate(
-            opened.apply,
-            opened.variables,
-            *left_padded(chunk, rows=rows, length=longest),
-            model=opened.model,
-            max_new_tokens=max_new_tokens,
-            eos_ids=end_tokens(opened.model, opened.tokenizer),
-        )
-        texts += opened.tokenizer.batch_decode(
-            np.asarray(tokens)[: len(chunk)], skip_special_tokens=True
-        )
-    return rouge(task, [text.strip() for text in texts], [record.summary for record in records])
+    def write(model: Any, apply: Any, variables: Variables) -> dict[str, float]:
+        longest = max(map(len, prompts))
+        texts: list[str] = []
+        for start in range(0, len(prompts), rows):
+            chunk = prompts[start : start + rows]
+            tokens = generate(
+                apply,
+                variables,
+                *left_padded(chunk, rows=rows, length=longest),
+                model=model,
+                max_new_tokens=max_new_tokens,
+                eos_ids=end_tokens(model, tokenizer),
+            )
+            texts += tokenizer.batch_decode(
+                np.asarray(tokens)[: len(chunk)], skip_special_tokens=True
+            )
+        return rouge(task, [text.strip() for text in texts], wanted)
+
+    return write

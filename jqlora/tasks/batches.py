@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jqlora.data import Batch, Loader
-from jqlora.data.pipeline import loader_of
+from jqlora.data.pipeline import Draw, loader_of
 from jqlora.tasks.features import NOTHING, Feature
 
 SHORTEST = 16
@@ -29,7 +29,8 @@ def padded_length(needed: int, limit: int, shortest: int = SHORTEST) -> int:
 @dataclasses.dataclass(frozen=True)
 class Collate:
     """Stacks up to ``rows`` features; ``pad`` is the id at padding, where the mask is 0. Texts to
-    be written have at most ``target_limit`` tokens."""
+    be written have at most ``target_limit`` tokens; without a limit a target that is an array has
+    one entry for each token of the input."""
 
     rows: int
     limit: int
@@ -51,7 +52,8 @@ class Collate:
         for name in members[0].targets:
             given = [feature.targets[name] for feature in members]
             if np.ndim(given[0]):
-                width = padded_length(max(map(len, given)), self.target_limit)
+                limit = self.target_limit
+                width = padded_length(max(map(len, given)), limit) if limit else length
                 values = _stacked(given, width, NOTHING[name])
             else:
                 values = np.asarray(given)
@@ -69,8 +71,12 @@ def training_batches(
     seed: int,
     epochs: float | None,
     steps: int | None,
+    draw: Draw | None = None,
 ) -> Loader:
-    """A resumable loader in an order of ``seed``; raises as :func:`jqlora.data.make_loader`."""
+    """A resumable loader in an order of ``seed``; raises as :func:`jqlora.data.make_loader`.
+
+    ``draw`` changes each batch by chance, as ``seed`` and the batch's number have it.
+    """
     return loader_of(
         features,
         collate,
@@ -80,6 +86,7 @@ def training_batches(
         seed=seed,
         epochs=epochs,
         steps=steps,
+        draw=draw,
     )
 
 

@@ -87,7 +87,7 @@ def _record(task: Task, names: Sequence[str], origin: str, row: Any) -> Labelled
         raise DataError(f"{origin}: {', '.join(columns)} and {column} must all be there")
     if not all(isinstance(text, str) for text in texts):
         raise DataError(f"{origin}: {', '.join(columns)} must be text")
-    number = _value if task.number else _class
+    number = _value if task.number else class_of
     return Labelled(texts, number(row[column], names, f"{origin}: {column}"), origin)
 
 
@@ -98,8 +98,8 @@ def _value(found: Any, names: Sequence[str], where: str) -> float:
         raise DataError(f"{where}={found!r} is no number") from error
 
 
-def _class(found: Any, names: Sequence[str], where: str) -> int:
-    """The number of a class that is given by its name or by its number."""
+def class_of(found: Any, names: Sequence[str], where: str) -> int:
+    """The number of a class that is given by its name or by its number; DataError for neither."""
     if found in names:
         return list(names).index(found)
     try:

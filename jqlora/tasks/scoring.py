@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from jqlora.tasks.batches import in_order
+from jqlora.tasks.entities import entity_scores, is_of_entity
+from jqlora.tasks.features import Feature
 from jqlora.tasks.labelled import Labelled
 from jqlora.tasks.metrics import METRICS, library
 from jqlora.tasks.spans import Window, best_spans
@@ -17,6 +19,8 @@ Score = Callable[[Outputs], dict[str, float]]
 
 OUTPUTS = {
     "labels": ("logits",),
+    "tags": ("logits",),
+    "masked": (),
     "spans": ("start_logits", "end_logits"),
     "choices": (),
     "texts": (),
@@ -47,6 +51,27 @@ def label_scores(
             logits = logits[:, list(numbering)]
         predicted = logits[:, 0] if task.number else logits.argmax(-1)
         return {name: METRICS[name](true, predicted) for name in task.metrics}
+
+    return score
+
+
+def tag_scores(
+    task: Task, names: Sequence[str], features: Sequence[Feature], order: Sequence[int]
+) -> Score:
+    """Precision, recall and F1 of entities and accuracy of tags; of tags that name no entities,
+    such as parts of speech, the accuracy alone. ``names`` are of the model's numbers."""
+
+    def score(outputs: Outputs) -> dict[str, float]:
+        true, predicted = [], []
+        for feature, row in zip(features, in_order(outputs, order), strict=True):
+            labels = feature.targets["labels"]
+            found = row["logits"][: len(labels)].argmax(-1)
+            true.append([names[tag] for tag in labels[labels >= 0]])
+            predicted.append([names[tag] for tag in found[labels >= 0]])
+        scores = entity_scores(true, predicted) if all(map(is_of_entity, names)) else {}
+        right = np.concatenate(true) == np.concatenate(predicted)
+        scores |= {"accuracy": float(np.mean(right))}
+        return {name: scores[name] for name in task.metrics if name in scores}
 
     return score
 

@@ -12,7 +12,7 @@ from typing import Literal
 from jqlora.errors import ConfigError
 from jqlora.tree import nearest
 
-Kind = Literal["labels", "spans", "choices", "texts"]
+Kind = Literal["labels", "tags", "masked", "spans", "choices", "texts"]
 Columns = tuple[str, ...]
 
 
@@ -20,8 +20,9 @@ Columns = tuple[str, ...]
 class Task:
     """One task.
 
-    ``kind``: texts with *labels*, *spans* of a text that answer a question, *choices* of which one
-    is likeliest, *texts* that are written to a text. ``head`` is the task of the model that serves
+    ``kind``: texts with *labels*, words with *tags*, texts of which some tokens are *masked*,
+    *spans* of a text that answer a question, *choices* of which one is likeliest, *texts* that are
+    written to a text. ``head`` is the task of the model that serves
     it. ``texts`` are the sets of columns of which the first that a row has is read, ``label`` the
     names of the label's column.
     ``labels`` name the classes in the order of their numbers: none where the user says them.
@@ -40,15 +41,21 @@ class Task:
     metrics: tuple[str, ...]
 
     @property
+    def has_labels(self) -> bool:
+        """Whether its head has as many outputs as there are labels."""
+        return self.kind in ("labels", "tags")
+
+    @property
     def num_labels(self) -> int | None:
         """Outputs of its head; None where the user says how many."""
-        if self.kind != "labels":
+        if not self.has_labels:
             return None
         return 1 if self.number else len(self.labels) or None
 
 
 _ENTAILED = ("entailment", "not_entailment")
 _PAIR = ("sentence1", "sentence2")
+_TAGS = ("precision", "recall", "f1", "accuracy")
 
 TASKS: dict[str, Task] = {
     task.name: task
@@ -120,6 +127,24 @@ TASKS: dict[str, Task] = {
             number=True,
             metrics=("pearson", "spearman"),
         ),
+        Task(
+            name="conll2003",
+            kind="tags",
+            head="token-classification",
+            texts=(("tokens",),),
+            label=("ner_tags", "tags"),
+            labels=("O", *(f"{at}-{of}" for of in ("PER", "ORG", "LOC", "MISC") for at in "BI")),
+            metrics=_TAGS,
+        ),
+        Task(
+            name="token_classification",
+            kind="tags",
+            head="token-classification",
+            texts=(("tokens",),),
+            label=("ner_tags", "pos_tags", "chunk_tags", "tags", "labels"),
+            metrics=_TAGS,
+        ),
+        Task(name="masked_lm", kind="masked", head="masked-lm", texts=(("text",),), metrics=()),
         Task(
             name="squad",
             kind="spans",

@@ -13,9 +13,18 @@ from jax.experimental.compilation_cache import compilation_cache
 from jqlora.cli import main
 from jqlora.config import read_config
 from jqlora.data import Loader
-from jqlora.run import plan_run, resume, train
+from jqlora.run import head, plan_run, resume, train
 from jqlora.train.metrics import WALL_CLOCK, read_metrics
-from tests.toy_encoder import BAD, GOOD, write_encoder, write_squad, write_sst2, write_t5
+from tests.toy_checkpoint import write_model
+from tests.toy_encoder import (
+    BAD,
+    GOOD,
+    reviews,
+    write_encoder,
+    write_squad,
+    write_sst2,
+    write_t5,
+)
 
 CONFIG = """
 model: {{source: {folder}/model, remat: none}}
@@ -89,18 +98,23 @@ def test_scores_are_logged_while_training_drawn_and_reported(run):
     assert "jqlora eval" in page
 
 
-def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(run, folder, tmp_path, monkeypatch):
-    config = read_config([folder / "config.yaml"], [f"output.directory={tmp_path}/run"])
+def stop_at(number, monkeypatch):
+    """A signal to this process when it asks for so many batches."""
     fetch, count = Loader.__next__, 0
 
-    def stop_at_the_thirtieth(self):
+    def stopping(self):
         nonlocal count
         count += 1
-        if count == 30:
+        if count == number:
             os.kill(os.getpid(), signal.SIGTERM)
         return fetch(self)
 
-    monkeypatch.setattr(Loader, "__next__", stop_at_the_thirtieth)
+    monkeypatch.setattr(Loader, "__next__", stopping)
+
+
+def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(run, folder, tmp_path, monkeypatch):
+    config = read_config([folder / "config.yaml"], [f"output.directory={tmp_path}/run"])
+    stop_at(30, monkeypatch)
     assert train(config, **SILENT).signal == "SIGTERM"
     assert resume(tmp_path / "run", **SILENT).signal is None
     assert rows(tmp_path / "run") == rows(run)
@@ -212,6 +226,67 @@ def test_an_encoder_decoder_learns_to_write_and_is_scored_by_rouge(folder, tmp_p
     assert capsys.readouterr().out.startswith("rouge1 ")
 
 
+def test_a_causal_model_learns_to_write_after_a_prompt(folder):
+    write_model(folder / "llama")
+    rows = [{"document": f"it was {word}.", "summary": word} for word in (*GOOD, *BAD)]
+    source = folder / "causal.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = [f"data.train={source}", f"data.validation={source}", "data.target_length=8"]
+    words = ["data.task=summarization", *data, "data.length=32", "method.targets=all-linear"]
+    words += [f"model.source={folder}/llama", "train.steps=40", "train.batch_size=8"]
+    words += ["train.eval_every=0", "train.lr=3e-2", f"output.directory={folder}/causal"]
+    outcome = train(config_of(folder, *words), **SILENT)
+    assert outcome.summary is not None
+    before, after = (outcome.summary["validation"][when] for when in ("before", "after"))
+    assert after["loss"] < before["loss"]
+    assert after["metrics"]["rouge1"] > before["metrics"]["rouge1"] + 50
+
+
+def write_tags(path):
+    """Sentences whose words are tagged as persons where they are good and as places where bad."""
+    rows = []
+    for text, _ in reviews(40, 0):
+        tags = [3 * (word in GOOD) + 5 * (word in BAD) for word in text.split()]
+        rows.append({"text": text, "tokens": text.split(), "ner_tags": tags})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = [f"data.train={path}", f"data.validation={path}", "train.steps=9", "train.warmup=0"]
+    return [*data, "train.eval_every=0", "train.batch_size=8"]
+
+
+def test_tags_of_words_are_learnt_and_scored(folder, tmp_path):
+    words = ["data.task=conll2003", *write_tags(tmp_path / "rows.jsonl")]
+    outcome = train(config_of(folder, *words, f"output.directory={tmp_path}/run"), **SILENT)
+    assert outcome.summary is not None
+    before, after = (outcome.summary["validation"][when] for when in ("before", "after"))
+    assert after["loss"] < before["loss"]
+    assert list(after["metrics"]) == ["precision", "recall", "f1", "accuracy"]
+    run = ["eval", folder / "model", "--adapter", tmp_path / "run" / "adapter", "--length", "16"]
+    run += ["--task", "conll2003", "--data", tmp_path / "rows.jsonl", "--batch-size", "8"]
+    assert main([*map(str, run), "--json", str(tmp_path / "found.json")]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["metrics"] == after["metrics"]
+
+
+def test_masked_texts_are_learnt_and_a_resumed_run_masks_the_same(folder, tmp_path, monkeypatch):
+    words = ["data.task=masked_lm", *write_tags(tmp_path / "rows.jsonl")]
+    whole, halved = (tmp_path / name for name in ("whole", "halved"))
+    outcome = train(config_of(folder, *words, f"output.directory={whole}"), **SILENT)
+    assert outcome.summary is not None
+    before, after = (outcome.summary["validation"][when] for when in ("before", "after"))
+    assert after["perplexity"] < before["perplexity"]
+    stop_at(4, monkeypatch)
+    assert train(config_of(folder, *words, f"output.directory={halved}"), **SILENT).signal
+    assert resume(halved, **SILENT).signal is None
+    file = "adapter/adapter_model.safetensors"
+    assert (halved / file).read_bytes() == (whole / file).read_bytes()
+
+
+def test_a_masked_head_that_is_not_there_is_not_drawn(folder, monkeypatch, complain):
+    monkeypatch.setattr(head, "fresh_head", lambda *args, **kwargs: ("cls.predictions.bias",))
+    line = complain("train", folder / "config.yaml", "data.task=masked_lm")
+    assert "no masked-LM head (cls.predictions.bias" in line
+
+
 MISTAKES = {
     "an unknown task": (["data.task=sst"], "data.task='sst' is not a task; nearest:"),
     "one only measured": (["data.task=mmlu"], "only measured"),
@@ -220,6 +295,7 @@ MISTAKES = {
     "unknown labels": (["data.task=classification"], "model.num_labels or data.labels"),
     "text's settings": (["data.general=x.jsonl"], "data.general is for text"),
     "questions": (["sample.prompts=[why?]"], "sample.prompts"),
+    "tags without names": (["data.task=token_classification"], "num_labels or data.labels"),
     "packing": (["data.packing=true"], "data.packing=true"),
     "windows of labels": (["data.too_long=split"], "'error' or 'truncate'"),
     "text for an encoder": (["data.task=null", "data.validation=null"], "name a data.task"),

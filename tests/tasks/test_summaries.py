@@ -9,7 +9,9 @@ from rouge_score.rouge_scorer import RougeScorer
 from jqlora.errors import DataError
 from jqlora.tasks import TASKS
 from jqlora.tasks.batches import Collate
+from jqlora.tasks.prompted import CUE, prompted_examples, prompts_in
 from jqlora.tasks.summaries import read_summaries, rouge, summary_features
+from tests.toy_checkpoint import toy_tokenizer
 from tests.toy_encoder import wordpiece_tokenizer
 
 TASK = TASKS["summarization"]
@@ -70,3 +72,20 @@ def test_rouge_is_the_librarys_with_a_sentence_on_each_line(records):
     assert found["rougeLsum"] > found["rougeL"]
     best = rouge(TASK, [told for _, told in ROWS], [told for _, told in ROWS])
     assert best == pytest.approx(dict.fromkeys(TASK.metrics, 100.0))
+
+
+def test_a_causal_model_learns_what_follows_the_cue_and_nothing_before(records):
+    tokenizer = toy_tokenizer()
+    options = {"prefix": "a ", "max_length": 40, "target_length": 12}
+    with pytest.raises(DataError, match=r"cnn\.jsonl:1: 59 tokens.*data\.length"):
+        prompted_examples(records, tokenizer, truncate=False, **options)
+    examples, report = prompted_examples(records, tokenizer, truncate=True, **options)
+    assert len(report.shortened) == 2
+    for record, example, prompt in zip(records, examples, prompts_in(examples), strict=True):
+        whole = tokenizer.encode(f"a {record.document}")
+        cue = tokenizer.encode(CUE)
+        assert prompt.tolist() == [*whole[: 40 - len(cue)], *cue]
+        learnt = example.input_ids[example.loss_mask]
+        expected = [*tokenizer.encode(f" {record.summary}"), tokenizer.eos_token_id]
+        assert learnt.tolist() == expected[:12]
+        assert len(prompt) + len(learnt) == len(example)
