@@ -5,8 +5,8 @@ optimizer will take, and which kernels will multiply by the quantized matrices o
 the headers of the model's files are read, and a directory with a config.json alone will do.
 
 With --device or --memory the training step is compiled for a GPU that need not be there (extra
-"aot"), and its memory is told to the byte. Where it does not fit, what would make it fit is found
-by trying, and --write keeps that config.
+"aot"), and its memory is told to the byte; without that extra it is estimated from shapes. Where it
+does not fit, what would make it fit is found by trying, and --write keeps that config.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from jqlora.cli.shared import add_config_arguments
 from jqlora.errors import ConfigError
 
 if TYPE_CHECKING:
-    from jqlora_kernels.aot_targets import Target
+    from jqlora.run.memory import Device
 
 HELP = "show what a config would train, without allocating it"
 EXAMPLES = (
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device",
         metavar="NAME",
         help="compile the step for h100, h200, a100 (80 GB), a100-40, a10, l4, l40, rtx3090, "
-        "rtx4090",
+        "rtx4090, or for the GPU that is here",
     )
     parser.add_argument(
         "--memory",
@@ -71,23 +71,25 @@ def run(args: argparse.Namespace) -> int:
     return fit_into(config, target, say=lambda line: print(line, flush=True), write=args.write)
 
 
-def target_of(device: str | None, memory: str | None) -> "Target | None":
-    """The device that the options mean. Raises ConfigError for one that is not known, or not here
-    to be compiled for."""
+def target_of(device: str | None, memory: str | None) -> "Device | None":
+    """The device that the options mean. Raises ConfigError for one that is not known, or not
+    here."""
     if device is None and memory is None:
         return None
     import jax
 
-    from jqlora_kernels import aot
+    from jqlora.run.memory import Present
     from jqlora_kernels.aot_targets import TARGETS
 
-    if device is not None and device not in TARGETS:
-        raise ConfigError(f"--device {device}: known are {', '.join(TARGETS)}")
-    if reason := aot.missing():
-        raise ConfigError(f"cannot compile for a device that is not here: {reason}")
-    # or jax would look for a GPU, and no plugin can compile without one
-    jax.config.update("jax_platforms", "cpu")
-    target = TARGETS[device or "a100"]
+    target: Device
+    if device == "here":
+        target = Present.here()
+    elif device is not None and device not in TARGETS:
+        raise ConfigError(f"--device {device}: known are {', '.join(TARGETS)}, here")
+    else:
+        # or jax would look for a GPU, and no plugin can compile without one
+        jax.config.update("jax_platforms", "cpu")
+        target = TARGETS[device or "a100"]
     return target if memory is None else dataclasses.replace(target, memory=bytes_of(memory))
 
 

@@ -1,7 +1,8 @@
 """Making a run fit a device: what is given up first costs least.
 
 Changes are made one after the other until the step fits; then the earlier ones are taken back, the
-dearest first, where it fits without them. Every trial compiles the step.
+dearest first, where it fits without them. Every trial compiles the step, or estimates it where it
+cannot be compiled.
 """
 
 import dataclasses
@@ -10,9 +11,9 @@ from typing import Any, NamedTuple
 
 from jqlora.config import QuantizeConfig, RunConfig, dump_config
 from jqlora.io.atomic import atomic_write_text
-from jqlora.run.memory import RESERVED, Memory, compile_step
+from jqlora.run.estimate import step_memory
+from jqlora.run.memory import RESERVED, Device, Memory
 from jqlora.train.usage import readable_bytes
-from jqlora_kernels.aot_targets import Target
 
 Say = Callable[[str], None]
 EIGHT_BIT = {
@@ -68,10 +69,10 @@ def changes(config: RunConfig) -> Iterator[Change]:
         yield Change("method.rank", rank, "smaller adapters")
 
 
-def fit_into(config: RunConfig, target: Target, *, say: Say, write: str | None = None) -> int:
+def fit_into(config: RunConfig, target: Device, *, say: Say, write: str | None = None) -> int:
     """Says what the config's step needs of the device, and what would make it fit; 0 if it fits
     then, else 1. A config that fits is written to ``write``."""
-    found = compile_step(config, target)
+    found = step_memory(config, target)
     for line in found.lines(target):
         say(line)
     made: list[Change] = []
@@ -98,7 +99,7 @@ def fit_into(config: RunConfig, target: Target, *, say: Say, write: str | None =
 
 
 def search(
-    config: RunConfig, target: Target, found: Memory, say: Say
+    config: RunConfig, target: Device, found: Memory, say: Say
 ) -> tuple[list[Change], Memory]:
     """The changes that make the step fit, and what it needs with them; or all changes."""
 
@@ -106,7 +107,7 @@ def search(
         changed = config
         for change in made:
             changed = change.made_in(changed)
-        memory = compile_step(changed, target)
+        memory = step_memory(changed, target)
         keys = ", ".join(f"{change.key}={_word(change.value)}" for change in made)
         say(f"  {readable_bytes(memory.peak):>10} with {keys}")
         return memory
@@ -127,7 +128,7 @@ def search(
     return [*made.values()], found
 
 
-def advise(config: RunConfig, target: Target, found: Memory, say: Say) -> None:
+def advise(config: RunConfig, target: Device, found: Memory, say: Say) -> None:
     """Says where 4 bits save nothing.
 
     They save no more than what they take off the base, and cost a decoded matrix; only where that
@@ -137,7 +138,7 @@ def advise(config: RunConfig, target: Target, found: Memory, say: Say) -> None:
     if not quantized or quantized > found.temporaries:
         return
     plain = dataclasses.replace(config.model, quantize=None)
-    whole = compile_step(dataclasses.replace(config, model=plain), target)
+    whole = step_memory(dataclasses.replace(config, model=plain), target)
     if whole.peak <= found.peak:
         say(
             f"  without model.quantize the step needs {readable_bytes(whole.peak)}, no more: on "
@@ -147,7 +148,7 @@ def advise(config: RunConfig, target: Target, found: Memory, say: Say) -> None:
         say(f"  without model.quantize it would need {readable_bytes(whole.peak)}")
 
 
-def room_of(target: Target) -> str:
+def room_of(target: Device) -> str:
     """The device's memory in words."""
     return (
         f"{readable_bytes(target.memory)} less {readable_bytes(RESERVED)} for the driver and "
@@ -155,7 +156,7 @@ def room_of(target: Target) -> str:
     )
 
 
-def left(found: Memory, target: Target) -> int:
+def left(found: Memory, target: Device) -> int:
     """Bytes that the step leaves."""
     return target.memory - RESERVED - found.peak
 

@@ -41,7 +41,7 @@ def pretended(config, _):
 
 def fitted(config, room, monkeypatch, write=None):
     """(exit status, what was said) for a device with ``room`` MiB."""
-    monkeypatch.setattr(fitting, "compile_step", pretended)
+    monkeypatch.setattr(fitting, "step_memory", pretended)
     target = dataclasses.replace(TARGETS["a100"], memory=RESERVED + room * MIB)
     said = []
     status = fitting.fit_into(config, target, say=said.append, write=write)
@@ -66,7 +66,7 @@ def test_the_cheapest_changes_are_tried_first(config, room, changed, monkeypatch
 
 
 def test_no_change_is_made_that_it_fits_without(config, monkeypatch):
-    monkeypatch.setattr(fitting, "compile_step", pretended)
+    monkeypatch.setattr(fitting, "step_memory", pretended)
     for room in range(90, 560, 20):
         target = dataclasses.replace(TARGETS["a100"], memory=RESERVED + room * MIB)
         first = pretended(config, target)
@@ -110,7 +110,7 @@ def test_it_says_where_four_bits_save_nothing(config, monkeypatch):
             memory, temporaries=memory.temporaries + extra, peak=memory.peak + extra
         )
 
-    monkeypatch.setattr(fitting, "compile_step", dearer)
+    monkeypatch.setattr(fitting, "step_memory", dearer)
     said = []
     assert fitting.fit_into(quantized, TARGETS["a100"], say=said.append) == 0
     assert any("saves nothing over LoRA" in line for line in said)

@@ -1,0 +1,100 @@
+"""The memory of a training step where no compiler for the device is installed: shapes and tracing.
+
+What is held throughout follows from shapes, and what the backward pass keeps from the gradient's
+trace, both exactly. What is reckoned is the rest: how much a layer takes while it is worked on.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jqlora import tree
+from jqlora.attach import bind
+from jqlora.config import RunConfig
+from jqlora.quant import QTensor
+from jqlora.run.memory import Device, Memory, Present, Step, abstract_step, compile_step
+from jqlora.train.residuals import residuals
+from jqlora.train.task_loss import loss_for
+from jqlora_kernels import aot
+
+MATRICES = 2
+"""Decoded matrices at once: one is multiplied by while the next is decoded."""
+COPIES = 2
+"""Of the outputs of a layer's projections: themselves, recomputed, and their gradients."""
+SCORES = 3
+"""Arrays of fp32 scores in XLA's attention: themselves, their softmax, its gradient."""
+
+
+def step_memory(config: RunConfig, target: Device) -> Memory:
+    """From the compiled program where the device can be compiled for, else an estimate."""
+    reason = None if isinstance(target, Present) else aot.missing()
+    if reason is None:
+        return compile_step(config, target)
+    return estimate_step(config, f"cannot compile for a device that is not here: {reason}")
+
+
+def estimate_step(config: RunConfig, why: str) -> Memory:
+    """As :func:`~jqlora.run.memory.compile_step`, reckoned, the same for all devices; ``why`` it
+    was not compiled is said.
+
+    Attention is taken to be cuDNN's wherever a GPU would use that.
+    """
+    step = abstract_step(config)
+    parts = step.parts()
+    cudnn = serves(step)
+    accumulate = step.config.train.accumulate
+    gradients = parts["adapters"]
+    if accumulate > 1:  # a micro-batch's own, and the sum in fp32
+        gradients += gradients * 4 // jnp.dtype(step.config.method.dtype).itemsize
+    temporaries = gradients + kept(step, cudnn=cudnn) + workspace(step, cudnn=cudnn)
+    held = sum(size for name, size in parts.items() if name != "host")
+    return Memory(
+        **parts, temporaries=temporaries, peak=held + temporaries, cudnn=cudnn, estimated=why
+    )
+
+
+def serves(step: Step) -> bool:
+    """Whether a GPU's attention would be cuDNN's."""
+    attention = getattr(step.model, "attention", "xla")
+    config: Any = step.model.config
+    plain = getattr(config, "attention_softcap", None) is None and step.model.task == "causal-lm"
+    half = jnp.dtype(step.model.dtype).itemsize == 2
+    fits = half and plain and config.head_dim % 8 == 0 and config.head_dim <= 128
+    return attention == "cudnn" or (attention == "auto" and fits)
+
+
+def kept(step: Step, *, cudnn: bool) -> int:
+    """Bytes that the forward pass leaves to the backward pass; cuDNN leaves no scores."""
+    rows = step.config.train.batch_size // step.config.train.accumulate
+    batch = {
+        name: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype)
+        for name, leaf in step.batch.items()
+    }
+    model = step.model.clone(attention="xla") if hasattr(step.model, "attention") else step.model
+    adapters = jax.eval_shape(step.create).adapters
+    found = residuals(bind(model, step.plan), loss_for(model), adapters, step.params, batch)
+    if cudnn:
+        length = step.config.data.length
+        scores = (step.model.config.num_attention_heads, length, length)
+        found = [leaf for leaf in found if leaf.shape[-3:] != scores]
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in found)
+
+
+def workspace(step: Step, *, cudnn: bool) -> int:
+    """Bytes of a layer at work: decoded matrices, activations and, without cuDNN, scores."""
+    size = jnp.dtype(step.model.dtype).itemsize
+    rows = step.config.train.batch_size // step.config.train.accumulate
+    length = step.config.data.length
+    shapes = [
+        leaf.matrix_shape if isinstance(leaf, QTensor) else leaf.shape[-2:]
+        for leaf in tree.flatten(step.params).values()
+        if isinstance(leaf, QTensor) or leaf.ndim == 3
+    ]
+    largest = max(map(math.prod, shapes), default=0)
+    outputs = sum(shape[1] for shape in shapes)
+    activations = COPIES * outputs * rows * length * size
+    heads = step.model.config.num_attention_heads
+    scores = 0 if cudnn else SCORES * rows * heads * length**2 * 4
+    return MATRICES * largest * size + activations + scores
