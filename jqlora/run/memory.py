@@ -160,26 +160,27 @@ def abstract_step(config: RunConfig) -> Step:
     sites = plan(model, params, choices.adapter_spec(chosen.method))
     tx = choices.optimizer_of(config, sites, config.train.steps or 2**17)
     config = dataclasses.replace(config, method=chosen.method)
-    return Step(config, model, params, sites, tx, batch_of(config))
+    return Step(config, model, params, sites, tx, batch_of(config, model.task))
 
 
-def batch_of(config: RunConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of the longest batch of the config's data."""
+def batch_of(config: RunConfig, task: str) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of the longest batch of the config's data, for a model of this task."""
     rows, length = config.train.batch_size, config.data.length
 
     def ints(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
-    if config.data.task is None:
+    if task == "causal-lm":
         return dict.fromkeys(BATCH, ints(rows, length))
-    task = TASKS[config.data.task]
-    read = {"input_ids": ints(rows, length), "attention_mask": ints(rows, length)}
-    if task.kind == "spans":
+    read = dict.fromkeys(("input_ids", "attention_mask"), ints(rows, length))
+    if task == "question-answering":
         return read | dict.fromkeys(("start_positions", "end_positions"), ints(rows))
-    if task.kind == "texts":
+    if task == "seq2seq-lm":
         return read | {"labels": ints(rows, config.data.target_length)}
-    dtype = jnp.float32 if task.number else jnp.int32
-    return read | {"labels": jax.ShapeDtypeStruct((rows,), dtype)}
+    if task in ("masked-lm", "token-classification"):
+        return read | {"labels": ints(rows, length)}
+    number = TASKS[config.data.task or ""].number
+    return read | {"labels": jax.ShapeDtypeStruct((rows,), jnp.float32 if number else jnp.int32)}
 
 
 def compile_step(config: RunConfig, target: Device) -> Memory:

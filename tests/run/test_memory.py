@@ -1,19 +1,23 @@
 """The memory of a step, compiled for a GPU that is not there, and the command that tells it."""
 
 import dataclasses
+import functools
 import json
 
 import jax
 import pytest
 
+from jqlora.attach import bind
 from jqlora.cli import main
 from jqlora.config import dump_config, read_config
+from jqlora.models import abstract_params, family_of
 from jqlora.run import estimate, plan_run
 from jqlora.run.estimate import estimate_step
-from jqlora.run.memory import RESERVED, Present, compile_step, on_gpu
+from jqlora.run.memory import RESERVED, Present, batch_of, compile_step, on_gpu
+from jqlora.train.task_loss import loss_for
 from jqlora_kernels import aot
 from jqlora_kernels.aot_targets import TARGETS
-from tests.toy_encoder import write_encoder, write_t5
+from tests.toy_encoder import write_encoder
 
 MODEL = {
     "model_type": "llama",
@@ -147,26 +151,46 @@ def test_there_is_no_gpu_here(file, capsys):
     assert "no GPU" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("task", ["sst2", "summarization"])
 def test_the_step_of_a_task_is_compiled_for_a_device_that_is_present(
-    task, file, tmp_path, quick_compilation
+    file, tmp_path, quick_compilation
 ):
-    written = {"summarization": write_t5}.get(task, write_encoder)(tmp_path / "model")
-    config = read_config(
-        [file],
-        [
-            f"data.task={task}",
-            "data.length=16",
-            "data.target_length=8",
-            f"model.source={written}",
-            "model.attention=auto",
-            "model.dtype=float32",
-            "model.quantize=null",
-            "method.rank=2",
-        ],
-    )
+    words = {
+        "data.task": "sst2",
+        "data.length": 16,
+        "model.source": write_encoder(tmp_path / "model"),
+        "model.attention": "auto",
+        "model.dtype": "float32",
+        "model.quantize": "null",
+    }
+    config = read_config([file], [f"{key}={value}" for key, value in words.items()])
     here = Present("a CPU", 2**30, jax.sharding.Mesh(jax.devices()[:1], "x"))
     memory = compile_step(config, here)
     assert "a CPU" in memory.lines(here)[0]
     held = memory.unquantized + memory.adapters + memory.optimizer + memory.batch
     assert memory.peak >= held
+
+
+HEADS = {
+    "sequence-classification": "sst2",
+    "question-answering": "squad",
+    "token-classification": "conll2003",
+    "masked-lm": "masked_lm",
+    "seq2seq-lm": "summarization",
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_batch_of_a_task_is_what_its_loss_reads(head, file):
+    config = read_config([file], [f"data.task={HEADS[head]}", "data.length=16"])
+    sizes = {"vocab_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"hidden_size": 16, "intermediate_size": 16, "d_model": 16, "d_kv": 8, "d_ff": 16}
+    kind = {"model_type": "bert"} | sizes
+    if head == "seq2seq-lm":
+        kind = sizes | {"model_type": "t5", "decoder_start_token_id": 0, "pad_token_id": 0}
+    family = family_of(kind)
+    model = family.build(family.parse(kind), task=head)
+    batch = batch_of(config, head)
+    variables = {"params": abstract_params(model)}
+    loss = functools.partial(loss_for(model), bind(model), key=None)
+    total, count = jax.eval_shape(loss, variables, batch)
+    assert total.shape == count.shape == ()
