@@ -3,7 +3,8 @@
 Both run on the CPU, one after the other, on the same inputs: hidden states layer by layer, logits,
 loss, gradients of the adapter, and the losses of training from equal adapters. OUT gets
 certificate.html and certificate.json. The exit status is 0 if everything is within its budget, 1 if
-not; budgets are fixed for each dtype. Needs the extra 'parity' (torch, peft, bitsandbytes).
+not; budgets are fixed for each dtype. Needs the extra 'parity' (torch, peft, bitsandbytes). A model
+in 8 bits, GPTQ or AWQ is refused: no product of the other side's is meant to be equal to ours.
 """
 
 import argparse

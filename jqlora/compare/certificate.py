@@ -23,6 +23,7 @@ from jqlora.compare.inputs import Inputs, make_inputs
 from jqlora.compare.measure import Measurement, equal_codes, measure, same_files
 from jqlora.compare.observation import Observation, Recipe
 from jqlora.compare.our_side import OurSide, fresh_adapters, fresh_spec
+from jqlora.compare.stored import check_stored
 from jqlora.errors import ConfigError, DataError
 from jqlora.io import describe, load, load_tokenizer
 from jqlora.io.peft import load_adapter, save_adapter
@@ -110,6 +111,7 @@ def compare(question: Question, say: Say = print) -> Certificate:
     wider = f"theirs in {budgets.wider}"
     source = resolve(question.source)
     model, abstract = describe(source, quantize=question.quantized, dtype=question.dtype)
+    check_stored(abstract, question.source)
     inputs = make_inputs(
         model,
         tokenizer_of(source, say),
