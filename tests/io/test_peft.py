@@ -1,10 +1,7 @@
 # ruff: noqa: E402
 """Adapters against the real PEFT, both ways: what it saves we compute, what we save it computes."""
 
-import dataclasses
 import json
-import re
-import shutil
 import warnings
 
 import jax
@@ -15,11 +12,9 @@ import pytest
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 import optax
-import transformers
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from jqlora.attach import bind, init, plan
-from jqlora.errors import AdapterFileError, SaveError
 from jqlora.io import load
 from jqlora.io.merge_files import merge_checkpoint
 from jqlora.io.peft import load_adapter, save_adapter
@@ -28,24 +23,10 @@ from jqlora.merging import merge
 from jqlora.methods import LoRA
 from jqlora.methods.lora import ranks
 from jqlora.tree import flatten, unflatten
+from tests.io.peft_toys import FAMILIES, QV, torch_adapted, torch_base, write_checkpoint
 
 pytestmark = pytest.mark.parity
 
-SMALL = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
-FAMILIES = {
-    "llama": (transformers.LlamaConfig, {"tie_word_embeddings": False}),
-    "mistral": (transformers.MistralConfig, {"sliding_window": 6, "tie_word_embeddings": False}),
-    "qwen2": (transformers.Qwen2Config, {"tie_word_embeddings": True}),
-}
-QV = ["q_proj", "v_proj"]
 CASES = {
     "q and v": {"target_modules": QV},
     "all linear": {"target_modules": "all-linear"},
@@ -106,33 +87,8 @@ def _silence():
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """One tiny random checkpoint of each family; biases and norms are not left at their zeros."""
-    folders = {}
-    for name, (config, extra) in FAMILIES.items():
-        torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(config(**SMALL, **extra))
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.normal_(0, 0.2 if parameter.ndim > 1 else 0.5)
-        folders[name] = str(tmp_path_factory.mktemp(name))
-        model.save_pretrained(folders[name])
-    return folders
-
-
-def torch_base(folder):
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-
-def torch_adapted(folder, case):
-    """A PEFT model whose every trainable weight is random."""
-    options = {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, **case}
-    model = peft.get_peft_model(torch_base(folder), peft.LoraConfig(**options))
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(0, 0.3)
-    return model.eval()
+    """One tiny random checkpoint of each family."""
+    return {name: write_checkpoint(name, tmp_path_factory.mktemp(name)) for name in FAMILIES}
 
 
 def torch_logits(model):
@@ -317,137 +273,3 @@ def test_gradients_and_ten_steps_of_training_agree_with_peft(family, checkpoints
     for name, tensor in saved.items():
         theirs_is = first[name.replace("_A.", "_A.default.").replace("_B.", "_B.default.")]
         assert np.abs(tensor - theirs_is).max() <= 1e-4 * np.abs(theirs_is).max(), name
-
-
-REFUSED = {
-    "peft_type": ("IA3", "'LORA' or 'ADALORA'"),
-    "use_dora": (True, "False only"),
-    "bias": ("all", "'none' only"),
-    "lora_bias": (True, "False only"),
-    "trainable_token_indices": ([1, 2], "None only"),
-    "target_parameters": (["experts.gate"], "None only"),
-    "init_lora_weights": ("pissa", "path_initial_model_for_weight_conversion"),
-    "a_field_of_the_future": ({"x": 1}, "None only"),
-    "target_modules": (None, "names of modules"),
-}
-
-
-@pytest.fixture(scope="module")
-def adapter(checkpoints, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("adapter")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch_adapted(checkpoints["llama"], CASES["q and v"]).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def copy(adapter, tmp_path):
-    """A copy to be damaged, and a function that rewrites its config and its tensors."""
-    shutil.copytree(adapter, tmp_path / "copy")
-
-    def rewrite(fields=(), tensors=lambda tensors: tensors):
-        config = tmp_path / "copy" / "adapter_config.json"
-        config.write_text(json.dumps(json.loads(config.read_text()) | dict(fields)))
-        file = tmp_path / "copy" / "adapter_model.safetensors"
-        save_file(tensors(load_file(file)), file)
-        return tmp_path / "copy"
-
-    return rewrite
-
-
-@pytest.mark.parametrize("field", REFUSED)
-def test_what_is_not_supported_is_refused_by_field_and_value(field, copy, checkpoints):
-    value, accepted = REFUSED[field]
-    model, params = load(checkpoints["llama"])
-    message = rf"adapter_config.json: {field}={re.escape(repr(value))}; accepted: .*{accepted}"
-    with pytest.raises(AdapterFileError, match=message):
-        load_adapter(copy({field: value}), model, params)
-
-
-Q0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-DAMAGES = {
-    "missing": (
-        lambda t: {n: x for n, x in t.items() if n != Q0},
-        rf"adapter_model.safetensors lacks 1 tensors for this model: {Q0}",
-    ),
-    "surplus": (
-        lambda t: {**t, Q0.replace("layers.0", "layers.7"): t[Q0]},
-        r"has surplus 1 tensors for this model: .*layers.7",
-    ),
-    "misshapen": (
-        lambda t: {**t, Q0: np.ascontiguousarray(t[Q0][:3])},
-        rf"{Q0} has shape \(3, 32\), expected \(4, 32\)",
-    ),
-}
-
-
-@pytest.mark.parametrize(("change", "message"), DAMAGES.values(), ids=DAMAGES)
-def test_tensors_that_do_not_fit_are_named(change, message, copy, checkpoints):
-    model, params = load(checkpoints["llama"])
-    with pytest.raises(AdapterFileError, match=message):
-        load_adapter(copy(tensors=change), model, params)
-
-
-def test_an_adapter_of_another_model_is_refused(adapter, checkpoints):
-    model, params = load(checkpoints["llama"], scan=False)
-    small = dataclasses.replace(
-        model, config=dataclasses.replace(model.config, num_hidden_layers=2)
-    )
-    params = {**params, "model": {k: v for k, v in params["model"].items() if k != "layers_2"}}
-    with pytest.raises(AdapterFileError, match=r"has surplus 4 tensors .*layers\.2"):
-        load_adapter(adapter, small, params)
-
-
-def test_an_empty_or_truncated_directory_is_refused(copy, checkpoints, tmp_path):
-    model, params = load(checkpoints["llama"])
-    with pytest.raises(AdapterFileError, match=r"cannot read .*adapter_config.json"):
-        load_adapter(tmp_path / "nowhere", model, params)
-    folder = copy()
-    weights = folder / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-9])
-    with pytest.raises(AdapterFileError, match="truncated"):
-        load_adapter(folder, model, params)
-    weights.unlink()
-    with pytest.raises(AdapterFileError, match=r"neither adapter_model.safetensors nor"):
-        load_adapter(folder, model, params)
-    (folder / "adapter_config.json").write_text("{")
-    with pytest.raises(AdapterFileError, match="is no JSON"):
-        load_adapter(folder, model, params)
-
-
-def test_a_head_apart_from_its_tied_embedding_is_refused(checkpoints, tmp_path):
-    case = {"target_modules": QV, "modules_to_save": ["lm_head"]}
-    torch_adapted(checkpoints["qwen2"], case).save_pretrained(tmp_path)
-    model, params = load(checkpoints["qwen2"])
-    with pytest.raises(AdapterFileError, match=r"ensure_weight_tying=false gives the output head"):
-        load_adapter(tmp_path, model, params)
-
-
-def test_names_of_modules_that_this_model_lacks_are_passed_over_as_peft_does(copy, checkpoints):
-    model, params = load(checkpoints["llama"])
-    fields = {"target_modules": [*QV, "c_attn"], "rank_pattern": {"c_attn": 2}, "r": 4}
-    found, _ = load_adapter(copy(fields), model, params)
-    assert found.placements[0].spec.targets == tuple(QV)
-
-
-def test_an_adapter_in_torchs_own_format_is_read_too(adapter, checkpoints, tmp_path):
-    model, params = load(checkpoints["llama"])
-    expected = load_adapter(adapter, model, params)
-    shutil.copy(adapter / "adapter_config.json", tmp_path)
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    torch.save({n: torch.tensor(t) for n, t in tensors.items()}, tmp_path / "adapter_model.bin")
-    found = load_adapter(tmp_path, model, params)
-    assert found[0] == expected[0]
-    jax.tree.map(np.testing.assert_array_equal, found[1], expected[1])
-
-
-def test_saving_replaces_an_adapter_but_no_other_directory(adapter, checkpoints, tmp_path):
-    model, params = load(checkpoints["llama"])
-    found, adapters = load_adapter(adapter, model, params)
-    save_adapter(tmp_path / "adapter", found, adapters, model=model)
-    save_adapter(tmp_path / "adapter", found, adapters, model=model)
-    (tmp_path / "adapter" / "thesis.tex").write_text("years of work")
-    with pytest.raises(SaveError, match=r"thesis\.tex"):
-        save_adapter(tmp_path / "adapter", found, adapters, model=model)
-    assert (tmp_path / "adapter" / "thesis.tex").exists()
