@@ -68,7 +68,8 @@ def lay_out(
     every = tuple(checkpoint.family.hf_names(model))
     reader = _present_names(checkpoint, {item.hf for item in every})
     present = set(reader.names())
-    dense = tree.flatten(models.abstract_params(model))
+    shapes = models.abstract_params(model)
+    dense = tree.flatten(shapes)
     stored: dict[str, Stored] = {}
     tensors, fresh = [], []
     for item in every:
@@ -99,8 +100,8 @@ def lay_out(
             stored[item.hf] = found
         tensors.append(item)
     _check_extra(checkpoint, reader, {item.hf for item in every}, stored)
-    leaves = tree.flatten(abstract_params(model, quantize, skip=skip))
-    leaves |= _stored_leaves(tuple(tensors), stored, dense)
+    leaves = dense if quantize is None else tree.flatten(quantize_params(shapes, quantize, skip))
+    leaves = leaves | _stored_leaves(tuple(tensors), stored, dense)
     return Layout(reader, tuple(tensors), tuple(fresh), stored, leaves)
 
 

@@ -1,8 +1,8 @@
 """A checkpoint becomes a model and its parameters, one tensor at a time.
 
 Each leaf's memory is taken once, and every tensor is read, sent to the device, converted or
-quantized there and written into its leaf in place (a donated update). The next ones are read
-meanwhile, as many as the room of the largest one holds. So the peak of host memory lies about one
+quantized there and written into its leaf in place (a donated update). The next one is read
+meanwhile, if both fit into the room of the largest. So the peak of host memory lies about one
 tensor above the result, on the CPU too.
 """
 
@@ -160,7 +160,7 @@ def _draw(model: Any, layout: Layout, seed: int) -> dict[Path, Any]:
 def _read(
     drawn: Mapping[Path, Any], layout: Layout, dtype: str, progress: Progress | None
 ) -> dict[Path, Any]:
-    """``drawn`` and the leaves of all tensors; the next are read while one is put in its place."""
+    """``drawn`` and the leaves of all tensors; the next is read while one is put in its place."""
     leaves, done = dict(drawn), 0
 
     def job(item: HFName) -> Job:

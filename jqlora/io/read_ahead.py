@@ -1,4 +1,4 @@
-"""Tensors read in the background while the ones before them are quantized and placed."""
+"""A tensor read in the background while the one before it is quantized and placed."""
 
 import collections
 from collections.abc import Callable, Sequence
@@ -19,9 +19,9 @@ class Job(NamedTuple, Generic[T]):
 def read_ahead(jobs: Sequence[Job]) -> None:
     """Do all jobs in order. One thread reads; the caller's uses what was read.
 
-    As much is read ahead as fits with what is in use into the memory that the largest job needs
-    alone, so that reading ahead raises no peak. Whatever ``read`` raises is raised here, in the
-    job's turn.
+    One job is read ahead, if it and the one in use fit into the memory that the largest needs
+    alone: so no peak is raised, temporaries of use included. Whatever ``read`` raises is raised
+    here, in the job's turn.
     """
     limit = max((job.nbytes for job in jobs), default=0)
     waiting = collections.deque(jobs)
@@ -30,7 +30,7 @@ def read_ahead(jobs: Sequence[Job]) -> None:
     pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
     try:
         while waiting or begun:
-            while waiting and held + waiting[0].nbytes <= limit:
+            while waiting and len(begun) < 2 and held + waiting[0].nbytes <= limit:
                 job = waiting.popleft()
                 begun.append((job, pool.submit(job.read)))
                 held += job.nbytes
