@@ -11,12 +11,13 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from jqlora.cli import cache, compare, generate, merge, plan, quantize, resume, train
+from jqlora.cli import cache, compare, generate, merge, plan, quantize, resume, sweep, train
 from jqlora.cli import eval as evaluate
 from jqlora.errors import JqloraError
 
 COMMANDS = {
     "train": train,
+    "sweep": sweep,
     "resume": resume,
     "plan": plan,
     "eval": evaluate,

@@ -1,12 +1,12 @@
-"""Go on with an interrupted run.
+"""Go on with an interrupted run or sweep.
 
-RUN is the directory of a run that 'jqlora train' began. Training goes on from its last checkpoint
-and ends bit for bit where it would have ended uninterrupted.
+RUN is the directory of a run that 'jqlora train' or 'jqlora sweep' began. Training goes on from
+its last checkpoint and ends bit for bit where it would have ended uninterrupted.
 """
 
 import argparse
 
-HELP = "go on with an interrupted run"
+HELP = "go on with an interrupted run or sweep"
 EXAMPLES = ("jqlora resume runs/demo",)
 
 

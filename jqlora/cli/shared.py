@@ -32,11 +32,16 @@ def config_of(words: Sequence[str]) -> "RunConfig":
     """The config that a command line's files and ``key=value`` words describe."""
     from jqlora.config import read_config
 
+    return read_config(*words_of(words))
+
+
+def words_of(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The files and the ``key=value`` overrides among a command line's words."""
     overrides = [word for word in words if "=" in word and not Path(word).exists()]
     files = [word for word in words if word not in overrides]
     if not files:
         raise ConfigError(f"no config file among {' '.join(words)!r}: name one, then overrides")
-    return read_config(files, overrides)
+    return files, overrides
 
 
 def finish(outcome: "Outcome") -> int:
@@ -45,6 +50,14 @@ def finish(outcome: "Outcome") -> int:
         say(f"stopped by {outcome.signal}; go on with: jqlora resume {outcome.directory}")
         return 128 + signal.Signals[outcome.signal]
     summary = outcome.summary or {}
+    if "members" in summary:
+        from jqlora.run.comparison import lines_of
+
+        print(*lines_of(summary), sep="\n")
+        say(f"best     {summary['best']}, by the loss on {summary['ranked_by']}")
+        say(f"adapters {outcome.directory / 'members'}")
+        say(f"report   {outcome.directory / 'report.html'}")
+        return 0
     for name, label in (("heldout", "held-out loss"), ("general", "general answers' loss")):
         if name in summary:
             before, after = summary[name]["before"]["loss"], summary[name]["after"]["loss"]
@@ -69,15 +82,24 @@ def _metrics(found: Any, when: str) -> dict[str, float]:
     return measured.get("metrics", {}) if isinstance(measured, dict) else {}
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """MODEL, ``--adapter``, ``--quantize``, ``--dtype`` and ``--cache``."""
+def add_model_arguments(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """MODEL, ``--adapter`` (a list where ``several``), ``--quantize``, ``--dtype``, ``--cache``."""
     parser.add_argument(
         "model",
         metavar="MODEL",
         help="hub id, Hugging Face directory (a quantized one too: bitsandbytes, GPTQ, AWQ), "
         ".gguf file, or package:NAME",
     )
-    parser.add_argument("--adapter", metavar="DIR", help="an adapter in PEFT's format")
+    if several:
+        parser.add_argument(
+            "--adapter",
+            action="append",
+            default=[],
+            metavar="[NAME=]DIR",
+            help="an adapter in PEFT's format; repeat it for several on one base",
+        )
+    else:
+        parser.add_argument("--adapter", metavar="DIR", help="an adapter in PEFT's format")
     parser.add_argument(
         "--quantize",
         choices=SCHEMES,
@@ -113,19 +135,30 @@ def open_model(args: argparse.Namespace, **head: Any) -> tuple[Any, Any, dict[st
     """``(model, apply, variables, tokenizer)`` for :func:`add_model_arguments`; ``head`` may ask
     for a ``task`` and ``num_labels``, which checkpoint or adapter must have."""
     from jqlora.attach import bind
-    from jqlora.config import ModelConfig
-    from jqlora.io import load, load_tokenizer
     from jqlora.io.peft import load_adapter
-    from jqlora.run import choices
-    from jqlora.run.head import fresh_modules, with_skip
-    from jqlora.run.keeping import keep
-    from jqlora.run.loading import LoadingBar
+    from jqlora.run.head import fresh_modules
 
     if args.adapter is None and (fresh := fresh_modules(args.model, head)):
         raise ConfigError(
             f"{args.model} has no head for {head['task']} ({', '.join(fresh)}): name an --adapter "
             "that has one"
         )
+    model, params, tokenizer = open_base(args, **head)
+    if args.adapter is None:
+        return model, bind(model), {"params": params}, tokenizer
+    plan, adapters = load_adapter(args.adapter, model, params)
+    return model, bind(model, plan), {"params": params, **adapters}, tokenizer
+
+
+def open_base(args: argparse.Namespace, **head: Any) -> tuple[Any, Any, Any]:
+    """``(model, params, tokenizer)``, without adapters."""
+    from jqlora.config import ModelConfig
+    from jqlora.io import load, load_tokenizer
+    from jqlora.run import choices
+    from jqlora.run.head import with_skip
+    from jqlora.run.keeping import keep
+    from jqlora.run.loading import LoadingBar
+
     dtype = choices.compute_dtype(ModelConfig(source=args.model, dtype=args.dtype))
     tokenizer = load_tokenizer(args.model)
     with LoadingBar(args.model, say) as bar:
@@ -137,10 +170,7 @@ def open_model(args: argparse.Namespace, **head: Any) -> tuple[Any, Any, dict[st
             progress=bar,
             **with_skip(args.model, head),
         )
-    if args.adapter is None:
-        return model, bind(model), {"params": params}, tokenizer
-    plan, adapters = load_adapter(args.adapter, model, params)
-    return model, bind(model, plan), {"params": params, **adapters}, tokenizer
+    return model, params, tokenizer
 
 
 def say(text: str) -> None:

@@ -51,22 +51,44 @@ def prepare(config: RunConfig, say: Say) -> Prepared:
 
 
 @dataclasses.dataclass(frozen=True)
+class Base:
+    """The model and its weights, which a run leaves as they are."""
+
+    model: nn.Module
+    params: Params
+    load_seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruments:
+    """How adapters are measured: losses and scores by name, and answers to the run's questions."""
+
+    evaluate: Callable[[Adapters], dict[str, Evaluation]]
+    ask: Callable[[Adapters], list[str]]
+
+
+@dataclasses.dataclass(frozen=True)
 class Session:
     """What stands in memory during a run."""
 
     config: RunConfig
     run: RunDirectory
-    model: nn.Module
-    params: Params
+    base: Base
     plan: Plan
     data: RunData
-    measure: Callable[[Adapters], dict[str, Evaluation]]
-    answerer: Answerer
-    load_seconds: float
+    instruments: Instruments
 
 
 def open_session(config: RunConfig, run: RunDirectory, prepared: Prepared, say: Say) -> Session:
     """Load the weights and plan the adapters."""
+    base = open_base(config, prepared, say)
+    planned = plan(base.model, base.params, choices.adapter_spec(prepared.chosen.method))
+    measured_by = instruments(config, prepared, base, bind(base.model, planned))
+    return Session(config, run, base, planned, prepared.data, measured_by)
+
+
+def open_base(config: RunConfig, prepared: Prepared, say: Say) -> Base:
+    """Load the weights."""
     chosen, begin = prepared.chosen, time.perf_counter()
     with LoadingBar(config.model.source, say) as bar:
         model, params = load(
@@ -77,12 +99,17 @@ def open_session(config: RunConfig, run: RunDirectory, prepared: Prepared, say: 
             **chosen.loading,
         )
     seconds = time.perf_counter() - begin
-    model = ready(config, model)
-    planned = plan(model, params, choices.adapter_spec(chosen.method))
-    apply = bind(model, planned)
+    return Base(ready(config, model), params, seconds)
+
+
+def instruments(
+    config: RunConfig, prepared: Prepared, base: Base, apply: Callable[..., Any]
+) -> Instruments:
+    """Compiled once for adapters of ``apply``."""
+    model, params = base.model, base.params
     eval_step = make_eval_step(apply, loss=loss_for(model), outputs=outputs_of(config.data.task))
 
-    def measure(adapters: Adapters) -> dict[str, Evaluation]:
+    def evaluations(adapters: Adapters) -> dict[str, Evaluation]:
         found = {}
         for name, on in prepared.data.evaluations.items():
             found[name] = evaluate(eval_step, params, adapters, on.batches, on.score)
@@ -99,15 +126,15 @@ def open_session(config: RunConfig, run: RunDirectory, prepared: Prepared, say: 
         template=choices.template(config),
         max_new_tokens=config.sample.max_new_tokens,
     )
-    return Session(config, run, model, params, planned, prepared.data, measure, answerer, seconds)
+    return Instruments(evaluations, lambda adapters: answerer.ask({"params": params, **adapters}))
 
 
 def measure_all(session: Session, adapters: Adapters) -> dict[str, Any]:
     """``evaluations`` by name, ``answers`` to the prompts, and ``checks`` of general knowledge."""
     data, count = session.data, len(session.config.sample.prompts)
-    texts = session.answerer.ask({"params": session.params, **adapters})
+    texts, found = session.instruments.ask(adapters), session.instruments.evaluate(adapters)
     return {
-        "evaluations": {name: found.record() for name, found in session.measure(adapters).items()},
+        "evaluations": {name: one.record() for name, one in found.items()},
         "answers": [
             {"prompt": prompt, "answer": text}
             for prompt, text in zip(session.config.sample.prompts, texts[:count], strict=True)

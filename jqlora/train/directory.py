@@ -9,6 +9,12 @@
     plots/ report.html summary.json
 
 ``summary.json`` is written last: a directory that has one is complete.
+
+The directory of a sweep has the checkpoints of all its members, and beside them:
+
+    sweep.json         what varies, and the members' settings
+    members/NAME/      the rest of each member, as of a run of its own
+    results.csv        the members compared
 """
 
 import fcntl
@@ -32,6 +38,9 @@ RESULTS = (
     "report.html",
     "summary.json",
     "bad_batch.npz",
+    "sweep.json",
+    "members",
+    "results.csv",
 )
 OURS = frozenset({"config.yaml", ".lock", *RESULTS})
 
@@ -51,6 +60,9 @@ class RunDirectory:
         self.report = self.path / "report.html"
         self.summary = self.path / "summary.json"
         self.bad_batch = self.path / "bad_batch.npz"
+        self.sweep = self.path / "sweep.json"
+        self.members = self.path / "members"
+        self.results = self.path / "results.csv"
 
     def check(self, *, overwrite: bool) -> None:
         """Make the directory for a new run. One in which no training began is taken over.

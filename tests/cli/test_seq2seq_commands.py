@@ -36,7 +36,7 @@ def test_generate_reads_the_prompt_with_the_ends_that_the_tokenizer_gives_it(tmp
     )
     args = argparse.Namespace(prompt="once", system=None, plain=False)
     bare = toy_tokenizer()("once")["input_ids"]
-    assert prompt_ids(args, tokenizer, "seq2seq-lm").tolist() == [*bare, 0]
+    assert prompt_ids(args, args.prompt, tokenizer, "seq2seq-lm").tolist() == [*bare, 0]
     words = ["generate", str(folder), "--prompt", "once", "--max-new-tokens", "4"]
     assert main(words) == 0
     assert len(capsys.readouterr().out.rstrip("\n")) == 4  # a token is a byte

@@ -1,0 +1,126 @@
+"""Training as a run does it: from its last checkpoint, with its logs, in its directories."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import optax
+
+from jqlora.attach import init
+from jqlora.config import RunConfig
+from jqlora.io.atomic import atomic_write_json
+from jqlora.methods import Plan
+from jqlora.run import choices
+from jqlora.run.session import Base, Say, Session, measure_all
+from jqlora.train.checkpoint import Checkpoints
+from jqlora.train.directory import RunDirectory
+from jqlora.train.evaluate import Evaluation
+from jqlora.train.loop import Every, Fit, ResumableBatches, Trainee, fit, log_evaluations
+from jqlora.train.metrics import MetricsLog, read_metrics
+from jqlora.train.progress import Progress
+from jqlora.train.state import TrainState
+from jqlora.types import Adapters
+
+
+class Batches(ResumableBatches, Protocol):
+    """What a loader is to a run."""
+
+    total_steps: int
+
+    def set_state(self, state: dict[str, Any]) -> None: ...
+
+
+def carry_out(
+    run: RunDirectory,
+    sessions: Mapping[str, Session],
+    state: Any,
+    *,
+    members: Callable[[Any], Sequence[TrainState]],
+    step: Callable[..., Any],
+    batches: Batches,
+    lost: Callable[[str], Callable[..., None]],
+    say: Say,
+) -> Fit:
+    """Train the adapters of all ``sessions``, which are named where there are several.
+
+    Checkpoints of the whole ``state`` are in ``run``, logs and measurements in each session's own
+    directory. ``members(state)`` are the sessions' own states; ``lost(name)`` is what becomes of
+    one whose loss is no number (:class:`~jqlora.train.loop.Trainee`).
+    """
+    config, total = next(iter(sessions.values())).config, batches.total_steps
+    checkpoints = Checkpoints(run.checkpoints, keep=config.train.keep, say=say)
+    checkpoints.clean()
+    restored = checkpoints.restore_latest(state)
+    if restored is not None:
+        state, position = restored
+        batches.set_state(position)
+        say(f"going on from step {int(state.step)} of {total}")
+    done = int(state.step)
+
+    several = [*sessions.values()]
+    trainees = [
+        Trainee(
+            log=MetricsLog(session.run.metrics, through=done if restored is not None else None),
+            schedule=choices.schedule(session.config.train, total),
+            lost=lost(name),
+            name=name,
+        )
+        for name, session in sessions.items()
+    ]
+    progress = Progress(total, done=done)
+    try:
+        if restored is None:
+            for session, trainee, member in zip(several, trainees, members(state), strict=True):
+                _measure_before(session, member.adapters, trainee, progress)
+        say("compiling the training step")
+        return fit(
+            state,
+            several[0].base.params,
+            step=step,
+            batches=batches,
+            total_steps=total,
+            every=_every(config),
+            trainees=trainees,
+            checkpoints=checkpoints,
+            progress=progress,
+            evaluate=lambda state, i: several[i].instruments.evaluate(members(state)[i].adapters),
+            seconds_before=_seconds_so_far(several[0].run),
+        )
+    finally:
+        progress.close()
+        for trainee in trainees:
+            trainee.log.close()
+
+
+def first_state(
+    config: RunConfig, plan: Plan, base: Base, tx: optax.GradientTransformation
+) -> TrainState:
+    """Before the first update; all that is random in it follows from the seed."""
+    adapter_key, state_key = jax.random.split(jax.random.key(config.train.seed))
+    fresh = init(adapter_key, plan, base.params, dtype=config.method.dtype)
+    return TrainState.create(fresh, tx, state_key)
+
+
+def _every(config: RunConfig) -> Every:
+    train = config.train
+    return Every(log=train.log_every, evaluate=train.eval_every, save=train.save_every)
+
+
+def _measure_before(
+    session: Session, adapters: Adapters, trainee: Trainee, progress: Progress
+) -> None:
+    """Losses and answers of the untrained model; measured once, however often a run is resumed."""
+    known = session.run.read_before_after()
+    if "before" not in known:
+        progress.say("measuring the model before training")
+        known = {"before": measure_all(session, adapters)}
+        atomic_write_json(session.run.before_after, known)
+    evaluations = {
+        name: Evaluation.of(found) for name, found in known["before"]["evaluations"].items()
+    }
+    log_evaluations(trainee, progress, 0, evaluations)
+
+
+def _seconds_so_far(run: RunDirectory) -> float:
+    rows = [row for row in read_metrics(run.metrics) if row["kind"] == "train"]
+    return rows[-1]["seconds"] if rows else 0.0
