@@ -38,7 +38,7 @@ SHARED_OF_METHODS = ("method.modules_to_save", "method.dtype")
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """What varies, the config that everything else comes from, and the members by name."""
+    """What varies, the members by name, and the first of them, which has all that they share."""
 
     vary: dict[str, list[Any]]
     base: RunConfig
@@ -71,9 +71,8 @@ def expand(files: Sequence[str | Path], overrides: Sequence[str], vary: Sequence
             raise ConfigError(f"--vary {' '.join(vary)}: {name} is there twice")
         words = [f"{key}={json.dumps(value)}" for key, value in own.items()]
         members[name], settings[name] = read_config(files, [*overrides, *words]), own
-    _check(varied, next(iter(members.values())))
-    first = next(iter(settings.values()))
-    base = read_config(files, [*overrides, *(f"{k}={json.dumps(v)}" for k, v in first.items())])
+    base = next(iter(members.values()))
+    _check(varied, base)
     return Grid(varied, base, members, settings)
 
 
