@@ -172,7 +172,9 @@ def batch_of(config: RunConfig, task: str) -> dict[str, jax.ShapeDtypeStruct]:
 
     if task == "causal-lm":
         return dict.fromkeys(BATCH, ints(rows, length))
-    read = dict.fromkeys(("input_ids", "attention_mask"), ints(rows, length))
+    read: dict[str, jax.ShapeDtypeStruct] = {
+        name: ints(rows, length) for name in ("input_ids", "attention_mask")
+    }
     if task == "question-answering":
         return read | dict.fromkeys(("start_positions", "end_positions"), ints(rows))
     if task == "seq2seq-lm":

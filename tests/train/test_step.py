@@ -1,6 +1,7 @@
 """The step: compiled once, donated, frozen base untouched, accumulation that changes nothing."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,17 @@ def test_the_state_is_donated_and_the_callers_own_arrays_are_not(getkey):
     after, _ = make_train_step(toy.apply, tx)(state, toy.init_params(getkey()), toy.make_batch())
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.adapters, state.opt_state)))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((after, adapters, key)))
+
+
+def test_every_donated_array_is_written_in_place(getkey):
+    tx = optim.adamw(0.01, weight_decay=0.1)
+    params, state = start(tx, getkey)
+    program = make_train_step(toy.apply, tx).lower(state, params, toy.make_batch()).compile()
+    aliased = re.findall(r"\(\d+, \{\}, (?:may|must)-alias\)", program.as_text().split("\n")[0])
+    assert len(aliased) == len(jax.tree.leaves(state))
+    memory = program.memory_analysis()
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    assert memory.alias_size_in_bytes == held
 
 
 def test_frozen_parameters_are_bit_identical_after_training(getkey):

@@ -63,4 +63,12 @@ def test_a_step_decodes_one_matrix_at_a_time_and_copies_no_codes(monkeypatch):
     for shape in stacks:
         assert f"u8[1,{shape}]" not in text
         assert f"u8[{shape}]" not in text
-    assert not [line for line in text.splitlines() if "copy(" in line and "u8[" in line]
+    copies = [line for line in text.splitlines() if " copy(" in line]
+    assert not [line for line in copies if "u8[" in line]
+
+    # the whole state is written where it was read, and none of it is copied on the way
+    memory = steps[4].memory_analysis()
+    metrics = 64
+    assert 0 <= memory.output_size_in_bytes - memory.alias_size_in_bytes <= metrics + 2**11
+    assert "%state_adapters" in text
+    assert not [line for line in copies if re.search(r"= f32\[4,.* copy\(%state_", line)]

@@ -1,0 +1,77 @@
+"""What a step keeps for its backward pass, and what it takes no gradient of, by its trace."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jqlora.attach import bind, init, plan
+from jqlora.methods import LoRA
+from jqlora.models import LlamaConfig, LlamaForCausalLM, abstract_params
+from jqlora.quant import NF4, quantize_params
+from jqlora.train import causal_lm_loss
+from jqlora.train.loss import BATCH
+from jqlora.train.residuals import residuals
+
+WIDTH, HIDDEN, LAYERS, TOKENS, VOCABULARY = 64, 192, 3, 24, 320
+
+
+def step_of(remat, scan=True):
+    """(apply, adapters, params, batch) of a small QLoRA step, all of it abstract."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=16,
+    )
+    types = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
+    model = LlamaForCausalLM(config, remat=remat, scan=scan, **types)
+    params = quantize_params(abstract_params(model), NF4(double_quant=True))
+    planned = plan(model, params, LoRA(rank=2))
+    adapters = jax.eval_shape(lambda: init(jax.random.key(0), planned))
+    batch = dict.fromkeys(BATCH, jax.ShapeDtypeStruct((1, TOKENS), jnp.int32))
+    return bind(model, planned), adapters, params, batch
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_no_decoded_matrix_is_kept(remat, scan):
+    apply, *arguments = step_of(remat, scan)
+    kept = residuals(apply, causal_lm_loss, *arguments)
+    matrices = ({WIDTH}, {WIDTH, HIDDEN})
+    assert not [leaf for leaf in kept if len(leaf.shape) > 1 and set(leaf.shape[-2:]) in matrices]
+
+
+def test_a_policy_keeps_of_a_layer_what_it_says():
+    def kept(remat):
+        """Numbers for each token and layer."""
+        apply, *arguments = step_of(remat)
+        leaves = residuals(apply, causal_lm_loss, *arguments)
+        leaves = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
+        stacks = [leaf for leaf in leaves if leaf.shape[:1] == (LAYERS,)]
+        return sum(leaf.size for leaf in stacks) / LAYERS / TOKENS
+
+    assert kept("full") == WIDTH
+    # besides the layer's input q, k, v, o, gate and up; no gradient asks for down's output
+    assert kept("dots") == WIDTH + 4 * WIDTH + 2 * HIDDEN
+    assert kept("none") > kept("dots")
+
+
+def test_no_gradient_of_the_embedding_is_taken():
+    apply, adapters, params, batch = step_of("full")
+
+    def gradient(wanted, adapters, params, batch):
+        def total(tree):
+            given = {"params": params, **adapters} | tree
+            return causal_lm_loss(apply, given, batch, None)[0]
+
+        return jax.grad(total)(wanted)
+
+    ours = str(jax.make_jaxpr(gradient)(adapters, adapters, params, batch))
+    shown = f"[{VOCABULARY},{WIDTH}] = scatter-add"
+    assert shown not in ours
+    # these words are how it would show
+    looked_up = jax.make_jaxpr(jax.grad(lambda table: table[jnp.arange(3)].sum()))
+    assert shown in str(looked_up(jnp.ones((VOCABULARY, WIDTH))))
