@@ -287,6 +287,15 @@ def test_a_masked_head_that_is_not_there_is_not_drawn(folder, monkeypatch, compl
     assert "no masked-LM head (cls.predictions.bias" in line
 
 
+def test_a_text_without_the_token_at_which_its_class_is_read_is_named(folder, complain):
+    write_t5(folder / "endless")
+    file = folder / "endless" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": 9}))
+    words = [f"model.source={folder}/endless", f"output.directory={folder}/endless_run"]
+    line = complain("train", folder / "config.yaml", *words)
+    assert re.search(r"train\.tsv:2: the tokenizer ends the text in no token 9", line), line
+
+
 MISTAKES = {
     "an unknown task": (["data.task=sst"], "data.task='sst' is not a task; nearest:"),
     "one only measured": (["data.task=mmlu"], "only measured"),
