@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import re
 import signal
 
 import jax
@@ -12,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from jqlora.cli import main
+from jqlora.cli.generate import assigned
 from jqlora.train.joint_batches import JointBatches
 from jqlora.train.metrics import WALL_CLOCK, read_metrics
 from tests.toy_checkpoint import STEPS
@@ -71,7 +71,7 @@ def test_members_are_compared_and_the_best_is_named(swept):
     assert losses == sorted(losses)
     assert summary["best"] == summary["members"][0]["name"]
     assert summary["ranked_by"] == "heldout"
-    header, *rows = csv.reader((swept / "results.csv").open())
+    header, *rows = csv.reader((swept / "results.csv").read_text().splitlines())
     assert header == ["member", "method.rank", "heldout loss", "training loss", "parameters"]
     assert {row[0]: row[1] for row in rows} == {"rank-2": "2", "rank-4": "4"}
     page = (swept / "report.html").read_text()
@@ -83,18 +83,15 @@ def test_answers_come_from_the_adapters_that_are_named(swept, toy, capsys):
     words = ["generate", str(toy / "model"), "--max-new-tokens", "3", "--prompt", "what is 7?"]
     two = [f"--adapter={name}={swept}/members/rank-{rank}/adapter" for name, rank in NAMES.items()]
     assert main([*words, *two, "--prompt", "and 8?", "--adapter-names", "four,base"]) == 0
-    named = by_header(capsys.readouterr().out)
-    assert list(named) == ["[four] what is 7?", "[base] and 8?"]
-    assert main([*words, *two]) == 0
-    every = by_header(capsys.readouterr().out)
-    assert list(every) == ["[two] what is 7?", "[four] what is 7?"]
-    assert every["[four] what is 7?"] == named["[four] what is 7?"]
+    lines = capsys.readouterr().out.splitlines()
+    headers = [line for line in lines if line.startswith("[")]
+    assert headers == ["[four] what is 7?", "[base] and 8?"]
 
 
-def by_header(text):
-    """Answers by the line above each."""
-    parts = re.split(r"(?m)^(\[.*)$", text)
-    return dict(zip(parts[1::2], parts[2::2], strict=True))
+def test_without_names_every_adapter_answers_every_prompt():
+    rows = assigned(["x", "y"], ["two", "four"], None)
+    assert rows == [("x", 0), ("x", 1), ("y", 0), ("y", 1)]
+    assert assigned(["x"], [], None) == [("x", -1)]
 
 
 @pytest.mark.parametrize(
