@@ -45,6 +45,8 @@ class Change(NamedTuple):
 def changes(config: RunConfig) -> Iterator[Change]:
     """What may make room, the cheapest first; each for the config with all before it made."""
     model, train, length = config.model, config.train, config.data.length
+    if model.remat == "none":
+        yield Change("model.remat", "dots", "recompute all but products, the same numbers")
     if model.remat != "full":
         yield Change("model.remat", "full", "recompute layers, the same numbers, slower")
     rows = train.batch_size // train.accumulate
