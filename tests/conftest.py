@@ -23,3 +23,14 @@ def getkey():
     """A function that hands out a fresh PRNG key at each call, the same sequence in every run."""
     counter = itertools.count()
     return lambda: jax.random.key(next(counter))
+
+
+@pytest.fixture(scope="module")
+def compile_quickly():
+    """For programs that run but briefly: optimizing them costs more than it gains.
+
+    Not for tests that hang on the last bit, or on what a compiled program looks like.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

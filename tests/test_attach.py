@@ -13,6 +13,8 @@ from jqlora.quant import NF4, quantize, quantize_params
 from tests import toy_models
 from tests.toy_models import FORMS, IDS, VOCABULARY
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 
 class Inner(nn.Module):
     @nn.compact

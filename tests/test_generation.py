@@ -13,6 +13,8 @@ from jqlora.generation.sampling import process
 from jqlora.models import family_of
 from tests.models.variants import ROWS, TINY, checkpoint, hf_run
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 PAD, EOS = 0, 2
 
 

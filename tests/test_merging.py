@@ -14,6 +14,8 @@ from jqlora.tree import flatten
 from tests import toy_models
 from tests.toy_models import FORMS, IDS
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 
 def set_up(model, spec, storage=None):
     params = toy_models.params_of(model)

@@ -15,15 +15,10 @@ from jqlora.methods import LoRA  # noqa: E402
 from jqlora.quant import NF4, quantize_params  # noqa: E402
 from tests.models import seq2seq  # noqa: E402
 
-pytestmark = pytest.mark.parity
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    """Programs this small run but once or twice: optimizing them costs more than it gains."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = [
+    pytest.mark.usefixtures("compile_quickly"),
+    pytest.mark.parity,
+]
 
 
 FORCED = {"forced_bos_token_id": 5, "forced_eos_token_id": 7}

@@ -11,6 +11,8 @@ from jqlora.models import family_of
 from tests.io.toy_files import tensors_of
 from tests.models.variants import ROWS, TINY
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 # what a file cannot say, as it is the same in all models of that kind
 SAME = {"query_pre_attn_scalar": 12, "hidden_act": "gelu_pytorch_tanh"}
 CASES = {

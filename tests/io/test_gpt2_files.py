@@ -20,6 +20,8 @@ from jqlora.quant import NF4, QTensor, quantize
 from jqlora.tree import flatten
 from tests.io.toy_files import tensors_of, write_tensors
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 CONFIG = {
     "model_type": "gpt2",
     "architectures": ["GPT2LMHeadModel"],

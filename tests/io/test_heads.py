@@ -14,6 +14,8 @@ from jqlora.quant import NF4, QTensor
 from jqlora.tree import flatten
 from tests.io.toy_files import write_tensors
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 CONFIG = {
     "vocab_size": 40,
     "hidden_size": 32,

@@ -15,6 +15,8 @@ from jqlora.models import loop_to_scan
 from jqlora.quant import FP4, NF4, QTensor, is_qtensor, quantize_rows
 from tests.io.toy_files import Q, leaf_of, write_checkpoint
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 
 def shapes(params):
     return jax.tree.map(lambda leaf: (leaf.shape, jnp.dtype(leaf.dtype)), params)

@@ -17,6 +17,8 @@ from jqlora.quant import NF4, QTensor, quantize_params
 from jqlora.tree import flatten
 from tests import toy_models
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 
 def write(folder, spec, *, storage=None, tied=False):
     """A checkpoint and an adapter on it; returns what is needed to merge them in memory."""

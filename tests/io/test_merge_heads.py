@@ -13,7 +13,11 @@ from jqlora.io.merge_files import merge_checkpoint  # noqa: E402
 from tests.models import encoders  # noqa: E402
 from tests.models.encoders import MASKED, SEQUENCE, TOKENS  # noqa: E402
 
-pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.usefixtures("compile_quickly"),
+    pytest.mark.parity,
+    pytest.mark.filterwarnings("ignore"),
+]
 # what the checkpoint was made for, and what the adapter was trained for
 HEADS = {
     "new head": ("roberta", MASKED, SEQUENCE, ["classifier"]),

@@ -25,7 +25,10 @@ from jqlora.methods.lora import ranks
 from jqlora.tree import flatten, unflatten
 from tests.io.peft_toys import FAMILIES, QV, torch_adapted, torch_base, write_checkpoint
 
-pytestmark = pytest.mark.parity
+pytestmark = [
+    pytest.mark.usefixtures("compile_quickly"),
+    pytest.mark.parity,
+]
 
 CASES = {
     "q and v": {"target_modules": QV},

@@ -23,7 +23,11 @@ from jqlora.merging import merge
 from jqlora.methods import AdaLoRA, LoRA
 from jqlora.tree import flatten, unflatten
 
-pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.usefixtures("compile_quickly"),
+    pytest.mark.parity,
+    pytest.mark.filterwarnings("ignore"),
+]
 
 IDS = np.arange(22).reshape(2, 11) * 7 % 64
 TARGETS = ["q_proj", "v_proj", "down_proj"]

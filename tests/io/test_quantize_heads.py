@@ -18,7 +18,11 @@ from jqlora.tree import flatten  # noqa: E402
 from tests.models import encoders  # noqa: E402
 from tests.models.encoders import ANSWERS, MASKED, SEQUENCE  # noqa: E402
 
-pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.usefixtures("compile_quickly"),
+    pytest.mark.parity,
+    pytest.mark.filterwarnings("ignore"),
+]
 # bitsandbytes on a CPU decodes rows wrongly that are no multiple of a block
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
 ROWS = [("bert", SEQUENCE), ("roberta", MASKED), ("roberta", ANSWERS), ("deberta_v3", SEQUENCE)]

@@ -12,7 +12,10 @@ from jqlora.io.save import save_pretrained  # noqa: E402
 from jqlora.tree import flatten  # noqa: E402
 from tests.models import encoders, seq2seq, variants  # noqa: E402
 
-pytestmark = pytest.mark.parity
+pytestmark = [
+    pytest.mark.usefixtures("compile_quickly"),
+    pytest.mark.parity,
+]
 # one of each kind, those that say most in their config
 NAMES = [
     "llama3_gqa_scaled",

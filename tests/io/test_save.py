@@ -16,6 +16,8 @@ from jqlora.quant import FP4, INT8, NF4
 from tests.io.toy_files import Q, write_checkpoint
 from tests.toy_checkpoint import toy_tokenizer
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 
 def tensors_in(folder):
     reader = open_directory(folder)

@@ -28,7 +28,11 @@ from jqlora.tree import flatten
 from tests.models import encoders, seq2seq
 from tests.models.variants import gap
 
-pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.usefixtures("compile_quickly"),
+    pytest.mark.parity,
+    pytest.mark.filterwarnings("ignore"),
+]
 
 
 def torch_model(folder, **options):

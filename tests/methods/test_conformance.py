@@ -23,6 +23,8 @@ from tests import toy_models
 from tests.storages import stored_params
 from tests.toy_models import FORMS, IDS
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 # Everything about a method that the relations below need: a spec for any model.
 METHODS = {
     "lora": LoRA(rank=3, alpha=6),
@@ -139,14 +141,6 @@ def assert_close(left, right, tolerance):
 
 
 cases = functools.cache(Case)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    """Programs this small run but once or twice: optimizing them costs more than it gains."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -9,6 +9,8 @@ from jqlora.errors import ConfigError
 from jqlora.models.attention import attend, implementation
 from jqlora.models.masks import Attending
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 
 def test_a_soft_cap_is_never_left_to_a_kernel_that_would_skip_it():
     assert implementation("auto", jnp.dtype(jnp.bfloat16), 64, 50.0) == "xla"

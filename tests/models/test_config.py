@@ -13,6 +13,8 @@ from jqlora.models import (
 from jqlora.models.kinds import KINDS
 from tests.models.variants import LLAMA3, ROWS, TINY, YARN
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 every_variant = pytest.mark.parametrize("name", ROWS)
 
 

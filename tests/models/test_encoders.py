@@ -20,7 +20,10 @@ from jqlora.tree import flatten  # noqa: E402
 from tests.models import encoders  # noqa: E402
 from tests.models.variants import gap  # noqa: E402
 
-pytestmark = pytest.mark.parity
+pytestmark = [
+    pytest.mark.usefixtures("compile_quickly"),
+    pytest.mark.parity,
+]
 every_row = pytest.mark.parametrize(("base", "task"), encoders.ROWS)
 LIMIT = 1e-5  # of the range of logits or hidden states, in float32
 

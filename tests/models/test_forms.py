@@ -18,6 +18,8 @@ from jqlora.models import (
 from jqlora.tree import flatten, unflatten
 from tests.models.variants import ROWS, TINY
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 every_variant = pytest.mark.parametrize("name", ROWS)
 # biases with an output matrix; tied embeddings with windows in some layers only
 FORMS = ["llama_biases_gelu", "qwen2_layer_types", "gpt2_scaled_by_layer"]

@@ -12,7 +12,10 @@ torch = pytest.importorskip("torch")
 
 from tests.models import variants  # noqa: E402
 
-pytestmark = pytest.mark.parity
+pytestmark = [
+    pytest.mark.usefixtures("compile_quickly"),
+    pytest.mark.parity,
+]
 every_variant = pytest.mark.parametrize("name", variants.ROWS)
 LIMIT = 1e-4  # of the logits' range, in float32
 # where the frequencies of a whole batch follow its longest sequence, once that is longer than this

@@ -6,6 +6,8 @@ import pytest
 
 from jqlora.models.masks import default_positions, reaches, same_segment
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 
 def test_positions_count_real_tokens_on_either_side_of_padding():
     mask = jnp.array([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])

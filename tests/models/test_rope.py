@@ -8,6 +8,8 @@ from jqlora.models import LlamaConfig
 from jqlora.models.rope import SCALINGS, Rope, rope_tables, rotate
 from tests.models.variants import LLAMA3, TINY, YARN
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,

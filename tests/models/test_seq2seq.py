@@ -19,7 +19,10 @@ from jqlora.tree import flatten, unflatten  # noqa: E402
 from tests.models import encoders, seq2seq  # noqa: E402
 from tests.models.variants import gap  # noqa: E402
 
-pytestmark = pytest.mark.parity
+pytestmark = [
+    pytest.mark.usefixtures("compile_quickly"),
+    pytest.mark.parity,
+]
 every_row = pytest.mark.parametrize("name", seq2seq.ROWS)
 one_of_each = pytest.mark.parametrize("name", ["t5_gated_untied", "bart"])
 LIMIT = 1e-5  # of the range of logits or hidden states, in float32

@@ -23,16 +23,10 @@ from jqlora.tree import flatten
 from tests import toy_models
 from tests.toy_models import FORMS, IDS
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 SCHEDULE = {"total_steps": 40, "initial_steps": 6, "final_steps": 12, "interval": 3}
 BUDGET = Budget(initial=36, target=18, **SCHEDULE)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    """Programs this small run but briefly: optimizing them costs more than it gains."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def test_the_budget_falls_by_a_cubic_from_all_to_the_target_and_stays():

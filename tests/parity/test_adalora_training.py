@@ -28,7 +28,11 @@ from jqlora.tree import unflatten
 from tests.models import encoders
 from tests.models.variants import params_from
 
-pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.usefixtures("compile_quickly"),
+    pytest.mark.parity,
+    pytest.mark.filterwarnings("ignore"),
+]
 
 STEPS, RANK, TARGET, ALPHA, LEARNING_RATE, DECAY = 60, 6, 3, 8, 5e-3, 0.01
 # Exact in fp32: optax takes 1 - β^t in fp32 and torch in fp64, which for 0.999 differ by 6e-5 at
@@ -38,14 +42,6 @@ BETAS = (0.875, 0.96875)
 SCHEDULE = {"initial_steps": 10, "final_steps": 15, "interval": 4, "total_steps": STEPS}
 LLAMA_TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
 ROBERTA_TARGETS = ["query", "key", "value", "dense"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    """Programs this small run but briefly: optimizing them costs more than it gains."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @dataclasses.dataclass

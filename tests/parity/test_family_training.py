@@ -28,17 +28,13 @@ from jqlora.quant.params import SKIP
 from jqlora.tree import flatten, unflatten
 from tests.models import encoders, seq2seq, variants
 
-pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.usefixtures("compile_quickly"),
+    pytest.mark.parity,
+    pytest.mark.filterwarnings("ignore"),
+]
 
 RECIPE = Recipe(steps=60, learning_rate=5e-4)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    """Programs this small run but briefly: optimizing them costs more than it gains."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 class Row(NamedTuple):

@@ -16,6 +16,8 @@ from jqlora.tasks.labelled import read_labelled
 from jqlora.tasks.scoring import label_scores
 from tests.toy_encoder import wordpiece_tokenizer
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 # Of each task: a file as GLUE's site has it, and the same rows in the hub's columns. In every one
 # a quotation mark is not closed.
 LAYOUTS = {
