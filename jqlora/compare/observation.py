@@ -75,6 +75,8 @@ def seen_in(output: Any, batch: Batch, numpy: Any) -> tuple[dict[str, list[np.nd
         found = getattr(output, field, None)
         if found is not None:
             logits[field] = numpy(found)
+            if logits[field].ndim == 1:  # DeBERTa's regression drops the axis where it has labels
+                logits[field] = logits[field][:, None]
             if batch.answered is not None:
                 logits[field] = logits[field][batch.answered]
     return hidden, logits
