@@ -309,6 +309,7 @@ def test_dropout_does_not_move_the_mean(method):
     row = method_of(spec)
     shapes = {"a": (4, 2), "b": (2, 3), "p": (4, 2), "lam": (1, 2), "q": (2, 3), "scale": ()}
     leaves = {name: jnp.ones(shape) for name, shape in shapes.items()}
+    leaves["dropout"] = jnp.float32(spec.dropout)
     x, y = jnp.arange(1.0, 5.0), jnp.zeros(3)
     keys = jax.random.split(jax.random.key(0), 4000)
     drawn = jax.vmap(lambda key: row.effect(x, y, leaves, placement, key))(keys)
