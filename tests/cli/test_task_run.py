@@ -283,7 +283,8 @@ def test_masked_texts_are_learnt_and_a_resumed_run_masks_the_same(folder, tmp_pa
 
 def test_a_masked_head_that_is_not_there_is_not_drawn(folder, monkeypatch, complain):
     monkeypatch.setattr(head, "fresh_head", lambda *args, **kwargs: ("cls.predictions.bias",))
-    line = complain("train", folder / "config.yaml", "data.task=masked_lm")
+    words = ["data.task=masked_lm", f"output.directory={folder}/headless"]
+    line = complain("train", folder / "config.yaml", *words)
     assert "no masked-LM head (cls.predictions.bias" in line
 
 
