@@ -12,19 +12,13 @@ from jqlora.errors import ConfigError, UnsupportedSite
 from jqlora.stacking import crop, pad, widest
 from tests import toy_models
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 SPECS = [
     [jq.LoRA(rank=2, alpha=8, targets=["q_proj"]), jq.AdaLoRA(targets=["up_proj"])],
     jq.LoRA(rank=5, alpha=3, targets=["q_proj", "embed_tokens"]),
 ]
 ROWS = [1, -1, 0, 1]  # which adapter serves each row; -1 is none
-
-
-@pytest.fixture(scope="module", autouse=True)
-def unoptimized():
-    """Most of the time would go into optimizing programs that run once."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -33,14 +33,6 @@ IDS = np.arange(22).reshape(2, 11) * 7 % 64
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    """Programs this small run but once: optimizing them costs more than it gains."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny random Llama whose norms are not left at their ones."""

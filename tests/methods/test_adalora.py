@@ -15,15 +15,9 @@ from jqlora.tree import flatten, unflatten
 from tests import toy_models
 from tests.toy_models import FORMS, IDS
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 EVERYTHING = AdaLoRA(init_rank=4, target_rank=2, alpha=8, targets=r".*")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    """Programs this small run but once: optimizing them costs more than it gains."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def logits_of(model, plan, params, adapters):

@@ -25,14 +25,6 @@ SWITCH = {"llama_dynamic_rope": 8, "phi3_longrope": 10}
 BATCH, LENGTH = 3, 14  # one shape for all, so that each way of calling compiles once
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    """Programs this small run but briefly: optimizing them costs more than it gains."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.cache
 def compiled(model, names, output_hidden_states):
     @jax.jit

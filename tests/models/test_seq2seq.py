@@ -28,14 +28,6 @@ one_of_each = pytest.mark.parametrize("name", ["t5_gated_untied", "bart"])
 LIMIT = 1e-5  # of the range of logits or hidden states, in float32
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    """Programs this small run but once or twice: optimizing them costs more than it gains."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.cache
 def compiled(model):
     @jax.jit

@@ -13,6 +13,8 @@ from jqlora import optim
 from jqlora.train.together import Together, make_joint_step
 from tests import toy_models
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 STEPS, ROWS, LENGTH = 3, 2, 8
 MODEL = toy_models.Toy(scan=True)
 ROUNDING = 1e-5
@@ -22,14 +24,6 @@ SPECS = [
     jq.LoRA(rank=5, alpha=3, dropout=0.2, targets=["up"]),
     jq.AdaLoRA(init_rank=3, target_rank=2, targets=["up", "head"]),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def unoptimized():
-    """Most of the time would go into optimizing programs that run a few times."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
