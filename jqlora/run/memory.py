@@ -202,8 +202,10 @@ def compile_step(config: RunConfig, target: Device) -> Memory:
         accumulate=config.train.accumulate,
         loss=loss_for(model),
     )
-    mesh = target.mesh if isinstance(target, Present) else aot.mesh(target)
-    program = lower_on(mesh, step, found.create, found.params, found.batch).compile()
+    present = isinstance(target, Present)
+    mesh = target.mesh if present else aot.mesh(target)
+    lowered = lower_on(mesh, step, found.create, found.params, found.batch)
+    program = lowered.compile() if present else aot.compiled(lowered)
     analysis: Any = program.memory_analysis()
     parts = found.parts()
     return Memory(
