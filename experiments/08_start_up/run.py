@@ -4,9 +4,10 @@
 
 ``jqlora train configs/run/demo.yaml`` is started with an empty cache of codes and programs, and
 again with what that left, and interrupted after its first step. The phases are timed by the lines
-that the command says, seen from outside; "imports" ends with the first of them. Prediction: the
-second start saves the compilation, which is most of it. The aim is 20 seconds. One line goes to
-``results.jsonl``, and ``phases.png`` shows the last one.
+that the command says, seen from outside; "imports" ends with the first of them. The model as it was
+before training is measured after that step. Prediction: the second start saves the compilation,
+which is most of it. The aim is 20 seconds. One line goes to ``results.jsonl``, and ``phases.png``
+shows the last one.
 """
 
 import argparse
@@ -24,7 +25,6 @@ HERE = Path(__file__).parent
 PHASES = (  # the first line of each that begins so; the phase before it ends there
     ("imports, data, headers", ""),
     ("loading the base", "loading"),
-    ("measuring the base", "measuring"),
     ("compiling and first step", "compiling"),
 )
 AIM = 20
@@ -72,7 +72,7 @@ def draw(found: dict[str, dict[str, float]]) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 2.4), layout="constrained")
     names = [name for name, _ in PHASES]
-    for name, color in zip(names, ("#9aa5b1", "#4477aa", "#ccbb44", "#ee6677"), strict=True):
+    for name, color in zip(names, ("#9aa5b1", "#4477aa", "#ee6677"), strict=True):
         widths = [phases.get(name, 0.0) for phases in found.values()]
         before = names[: names.index(name)]
         lefts = [sum(phases.get(n, 0.0) for n in before) for phases in found.values()]

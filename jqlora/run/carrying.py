@@ -69,9 +69,6 @@ def carry_out(
     ]
     progress = Progress(total, done=done)
     try:
-        if restored is None:
-            for session, trainee, member in zip(several, trainees, members(state), strict=True):
-                _measure_before(session, member.adapters, trainee, progress)
         say("compiling the training step")
         return fit(
             state,
@@ -84,6 +81,7 @@ def carry_out(
             checkpoints=checkpoints,
             progress=progress,
             evaluate=lambda state, i: several[i].instruments.evaluate(members(state)[i].adapters),
+            after_first=lambda: _measure_untrained(several, trainees, progress),
             seconds_before=_seconds_so_far(several[0].run),
         )
     finally:
@@ -96,9 +94,17 @@ def first_state(
     config: RunConfig, plan: Plan, base: Base, tx: optax.GradientTransformation
 ) -> TrainState:
     """Before the first update; all that is random in it follows from the seed."""
-    adapter_key, state_key = jax.random.split(jax.random.key(config.train.seed))
-    fresh = init(adapter_key, plan, base.params, dtype=config.method.dtype)
-    return TrainState.create(fresh, tx, state_key)
+    _, state_key = _keys(config)
+    return TrainState.create(_first_adapters(config, plan, base), tx, state_key)
+
+
+def _first_adapters(config: RunConfig, plan: Plan, base: Base) -> Adapters:
+    adapter_key, _ = _keys(config)
+    return init(adapter_key, plan, base.params, dtype=config.method.dtype)
+
+
+def _keys(config: RunConfig) -> jax.Array:
+    return jax.random.split(jax.random.key(config.train.seed))
 
 
 def _every(config: RunConfig) -> Every:
@@ -106,19 +112,21 @@ def _every(config: RunConfig) -> Every:
     return Every(log=train.log_every, evaluate=train.eval_every, save=train.save_every)
 
 
-def _measure_before(
-    session: Session, adapters: Adapters, trainee: Trainee, progress: Progress
+def _measure_untrained(
+    sessions: Sequence[Session], trainees: Sequence[Trainee], progress: Progress
 ) -> None:
-    """Losses and answers of the untrained model; measured once, however often a run is resumed."""
-    known = session.run.read_before_after()
-    if "before" not in known:
-        progress.say("measuring the model before training")
-        known = {"before": measure_all(session, adapters)}
-        atomic_write_json(session.run.before_after, known)
-    evaluations = {
-        name: Evaluation.of(found) for name, found in known["before"]["evaluations"].items()
-    }
-    log_evaluations(trainee, progress, 0, evaluations)
+    """Losses and answers from before training, by the adapters as they were first made; once for
+    all sessions, as those change nothing yet, and however often a run is resumed."""
+    before = None
+    for session, trainee in zip(sessions, trainees, strict=True):
+        before = session.run.read_before_after().get("before", before)
+        if before is None:
+            progress.say("measuring the model as it was before training")
+            fresh = _first_adapters(session.config, session.plan, session.base)
+            before = measure_all(session, fresh)
+        atomic_write_json(session.run.before_after, {"before": before})
+        evaluations = {name: Evaluation.of(found) for name, found in before["evaluations"].items()}
+        log_evaluations(trainee, progress, 0, evaluations)
 
 
 def _seconds_so_far(run: RunDirectory) -> float:

@@ -117,7 +117,6 @@ def _train(
         )
         for name, own, how in zip(configs, plans, measures, strict=True)
     }
-    _measure_before(sessions, states[0].adapters, say)
     batches = JointBatches([session.data.loader for session in sessions.values()])
     result = carry_out(
         run,
@@ -172,18 +171,6 @@ def _measures(
         )
 
     return [of(own) for own in plans]
-
-
-def _measure_before(sessions: Mapping[str, Session], adapters: Adapters, say: Say) -> None:
-    """Measure the untrained model once for all members: fresh adapters change nothing."""
-    first, *_ = sessions.values()
-    known = first.run.read_before_after()
-    if "before" not in known:
-        say("measuring the model before training")
-        known = {"before": measure_all(first, adapters)}
-    for session in sessions.values():
-        if "before" not in session.run.read_before_after():
-            atomic_write_json(session.run.before_after, {"before": known["before"]})
 
 
 def _placed(run: RunDirectory, members: Mapping[str, RunConfig]) -> dict[str, RunConfig]:

@@ -3,7 +3,8 @@
 At a step where several things are due they happen in this order: the step's numbers are checked and
 logged, evaluations are made and logged, the log is synced to the disk, the checkpoint is written.
 So every row up to a checkpoint's step is in the log before the checkpoint exists, and a run killed
-at any moment resumes to the same rows.
+at any moment resumes to the same rows. What is to be known of the model before training is measured
+after the first step, which need not wait for it.
 
 The loop keeps one step in flight: it hands the device step ``s + 1`` before it reads the loss of
 step ``s``. A loss that is not finite is therefore seen one step late, but always before the next
@@ -90,6 +91,7 @@ def fit(
     checkpoints: Checkpoints,
     progress: Progress,
     evaluate: Callable[[Any, int], Mapping[str, Evaluation]] | None = None,
+    after_first: Callable[[], None] | None = None,
     seconds_before: float = 0.0,
 ) -> Fit:
     """Train from ``state.step`` to ``total_steps``; ``state`` is donated.
@@ -99,7 +101,8 @@ def fit(
 
     A checkpoint is always made at the last step, and at the step in which SIGINT or SIGTERM came
     (a second SIGINT stops at once). ``evaluate(state, i)`` returns named evaluations of trainee i,
-    each a row of its log.
+    each a row of its log. ``after_first()`` is called once in a whole run, however often it is
+    resumed: when its first step is made and logged, before anything is evaluated or saved.
 
     Raises NonFiniteLoss when every trainee is lost, which leaves checkpoints as they were, and what
     their ``lost`` raises. Raises SaveError when the disk is full.
@@ -143,6 +146,10 @@ def fit(
                 state, metrics = step(state, params, batch)
             settle()
             pending = (number, batch, metrics)
+            if after_first is not None and number == 1:
+                settle()
+                with clock.paused():
+                    after_first()
             if evaluate is not None and _due(number, every.evaluate, total_steps):
                 settle()
                 with clock.paused():

@@ -1,7 +1,6 @@
 """What a person sees while a run goes on: a bar on a terminal, plain lines anywhere else."""
 
 import sys
-import time
 from collections.abc import Sequence
 from typing import TextIO
 
@@ -17,7 +16,7 @@ class Progress:
     def __init__(self, total: int, *, done: int = 0, stream: TextIO | None = None):
         self.total = total
         self.stream = stream or sys.stderr
-        self._first: tuple[float, int] | None = None  # when which step was shown first
+        self._first: Row | None = None  # the step that was shown first
         self._bar = None
         if self.stream.isatty():
             self._bar = tqdm(
@@ -28,7 +27,7 @@ class Progress:
         """Show one step's rows, one for each adapter that it trained: always on the bar; as a line,
         where there is none, if ``log``."""
         row, losses = rows[0], sorted(row["loss"] for row in rows)
-        self._first = self._first or (time.perf_counter(), row["step"])
+        self._first = self._first or row
         shown = f"loss {losses[0]:.4f}"
         shown += f" to {losses[-1]:.4f} of {len(rows)}" if len(rows) > 1 else ""
         rate = sum(row["tokens_per_second"] for row in rows)
@@ -38,7 +37,7 @@ class Progress:
             self._bar.set_postfix_str(numbers)
         elif log:
             print(
-                f"step {row['step']}/{self.total} · {numbers} · {self._remaining(row['step'])}",
+                f"step {row['step']}/{self.total} · {numbers} · {self._remaining(row)}",
                 file=self.stream,
                 flush=True,
             )
@@ -54,11 +53,12 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def _remaining(self, step: int) -> str:
-        begin, first = self._first or (0.0, step)
-        if step == first:
+    def _remaining(self, row: Row) -> str:
+        first = self._first or row
+        made = row["step"] - first["step"]
+        if made == 0:
             return "time left unknown"
-        seconds = (time.perf_counter() - begin) / (step - first) * (self.total - step)
+        seconds = (row["seconds"] - first["seconds"]) / made * (self.total - row["step"])
         return f"{int(seconds) // 60}:{int(seconds) % 60:02d} left"
 
     def _memory(self) -> str:

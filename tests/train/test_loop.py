@@ -85,6 +85,7 @@ def run(folder, events=None, *, evaluate_every=2, save_every=2, stream=None):
             checkpoints=checkpoints,
             progress=progress,
             evaluate=evaluate,
+            after_first=lambda: log.write({"step": 0, "kind": "heldout", "loss": 0.0}),
         )
     finally:
         log.close()
@@ -106,7 +107,8 @@ def test_each_step_and_evaluation_is_a_row_and_the_last_step_has_all(whole):
     found = [(row["step"], row["kind"]) for row in rows(folder)]
     trained = [(step, "train") for step in range(1, TOTAL + 1)]
     assert [row for row in found if row[1] == "train"] == trained
-    assert [row[0] for row in found if row[1] == "heldout"] == [2, 4, 6, 7]
+    assert [row[0] for row in found if row[1] == "heldout"] == [0, 2, 4, 6, 7]
+    assert found[:2] == [(1, "train"), (0, "heldout")]
     assert Checkpoints(folder / "checkpoints").steps() == [4, 6, 7]
     assert result.signal is None
     assert result.state.step == TOTAL
