@@ -30,7 +30,19 @@ class EncoderForTask(nn.Module):
     scan: bool = True
     remat: Remat = "none"
 
-    @nn.compact
+    def setup(self) -> None:
+        config, base_name = self.config, self.config.kind.base
+        types = (("dtype", self.dtype), ("param_dtype", self.param_dtype))
+        if config.disentangled is not None:
+            base: Any = DebertaModel(config, types, self.scan, self.remat)
+        else:
+            pooled = base_name == "bert" and self.task == "sequence-classification"
+            base = BertModel(config, types, self.scan, self.remat, pooled)
+        head = HEADS[base_name][self.task](config, types)
+        for name, module in {base_name: base, **head}.items():
+            setattr(self, name, module)
+        self.head_names = tuple(head)
+
     def __call__(
         self,
         input_ids: jax.Array,
@@ -46,28 +58,47 @@ class EncoderForTask(nn.Module):
         count from 0 whatever the mask (BERT, DeBERTa) or over the tokens that are no padding
         (RoBERTa), unless ``positions`` int32 [B, T] are given.
         """
-        config = self.config
-        base_name = config.kind.base
-        types = (("dtype", self.dtype), ("param_dtype", self.param_dtype))
-        common = {"scan": self.scan, "remat": self.remat, "name": base_name}
-        if config.disentangled is not None:
-            base: Any = DebertaModel(config, types, **common)
-        else:
-            pooled = base_name == "bert" and self.task == "sequence-classification"
-            base = BertModel(config, types, pooled=pooled, **common)
-        x, hidden = base(
+        x, hidden = self._base(
             input_ids,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
             positions=positions,
             emit_hidden=output_hidden_states,
         )
-        logits = HEADS[base_name][self.task](config, types, base.attend, x)
+        logits = self.head(x)
         if self.task == "question-answering":
             return QuestionAnsweringOutput(
                 start_logits=logits[..., 0], end_logits=logits[..., 1], hidden_states=hidden
             )
         return EncoderOutput(logits=logits, hidden_states=hidden)
+
+    def states(
+        self,
+        input_ids: jax.Array,
+        *,
+        attention_mask: jax.Array | None = None,
+        token_type_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> jax.Array:
+        """[B, T, D]: what :meth:`head` makes logits of; arguments as for a call."""
+        return self._base(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            positions=positions,
+            emit_hidden=False,
+        )[0]
+
+    def head(self, x: jax.Array) -> jax.Array:
+        """Logits of states [B, T, D], or [B, D] pooled; those of tokens for masked-lm."""
+        beside = (self._base.attend,) if self.task == "masked-lm" else ()
+        for name in self.head_names:
+            x = getattr(self, name)(x, *beside)
+        return x
+
+    @property
+    def _base(self) -> Any:
+        return getattr(self, self.config.kind.base)
 
     def example_inputs(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of the smallest call, to trace the model without data."""

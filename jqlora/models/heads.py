@@ -1,7 +1,7 @@
 """What an encoder's last states become: the heads, as the checkpoints of each kind have them.
 
-A head is called within the compact module of the whole model and makes its submodules there, under
-the names of the checkpoint.
+A head is one module or two, which the whole model has under the names of the checkpoint; each is
+called on what the one before it returned.
 """
 
 from collections.abc import Callable
@@ -16,9 +16,10 @@ from jqlora.models.encoder_config import EncoderConfig
 
 Types = tuple[tuple[str, Any], ...]
 Attend = Callable[[jax.Array], jax.Array]
-Head = Callable[[EncoderConfig, Types, Attend, jax.Array], jax.Array]
-"""``head(config, types, attend, x)``: states [B, T, D] (or pooled [B, D]) to logits. ``attend``
-holds them against the embeddings of all tokens."""
+"""Holds states against the embeddings of all tokens."""
+Head = Callable[[EncoderConfig, Types], dict[str, nn.Module]]
+"""The modules in the order of their calls: of states [B, T, D] (or pooled [B, D]), and of an
+``Attend`` where the task is masked-lm."""
 
 
 class Transform(nn.Module):
@@ -65,7 +66,7 @@ class Holder(nn.Module):
         return self.head(name=self.child)(x, attend)
 
 
-def bert_masked(config: EncoderConfig, types: Types, attend: Attend, x: jax.Array) -> jax.Array:
+def bert_masked(config: EncoderConfig, types: Types) -> dict[str, nn.Module]:
     """[B, T, V]; DeBERTa's embeddings may be narrower than its states."""
     width = config.disentangled.embedding_size if config.disentangled else config.hidden_size
 
@@ -73,36 +74,40 @@ def bert_masked(config: EncoderConfig, types: Types, attend: Attend, x: jax.Arra
         act = config.hidden_act
         return OverVocabulary(config, types, width, act, "LayerNorm", "transform", name=name)
 
-    return Holder(head, "predictions", name="cls")(x, attend)
+    return {"cls": Holder(head, "predictions")}
 
 
-def roberta_masked(config: EncoderConfig, types: Types, attend: Attend, x: jax.Array) -> jax.Array:
+def roberta_masked(config: EncoderConfig, types: Types) -> dict[str, nn.Module]:
     """[B, T, V]; the activation is GELU whatever the layers'."""
-    head = OverVocabulary(config, types, config.hidden_size, "gelu", "layer_norm", name="lm_head")
-    return head(x, attend)
+    return {"lm_head": OverVocabulary(config, types, config.hidden_size, "gelu", "layer_norm")}
 
 
-def deberta_masked(config: EncoderConfig, types: Types, attend: Attend, x: jax.Array) -> jax.Array:
+def deberta_masked(config: EncoderConfig, types: Types) -> dict[str, nn.Module]:
     """[B, T, V]"""
     assert config.disentangled is not None
     if config.disentangled.legacy:
-        return bert_masked(config, types, attend, x)
+        return bert_masked(config, types)
 
     def head(name: str) -> nn.Module:
         width, act = config.hidden_size, config.hidden_act
         return OverVocabulary(config, types, width, act, "LayerNorm", name=name)
 
-    return Holder(head, "lm_head", name="lm_predictions")(x, attend)
+    return {"lm_predictions": Holder(head, "lm_head")}
 
 
-def classifier(config: EncoderConfig, types: Types, attend: Attend, x: jax.Array) -> jax.Array:
+def classifier(config: EncoderConfig, types: Types) -> dict[str, nn.Module]:
     """[..., labels]"""
-    return dense(x, config.num_labels, "classifier", config, dict(types))
+    return {"classifier": linear(config, types, config.num_labels)}
 
 
-def qa_outputs(config: EncoderConfig, types: Types, attend: Attend, x: jax.Array) -> jax.Array:
+def qa_outputs(config: EncoderConfig, types: Types) -> dict[str, nn.Module]:
     """[B, T, 2]: how well each token begins and ends the answer."""
-    return dense(x, 2, "qa_outputs", config, dict(types))
+    return {"qa_outputs": linear(config, types, 2)}
+
+
+def linear(config: EncoderConfig, types: Types, features: int) -> nn.Dense:
+    init = nn.initializers.normal(config.initializer_range)
+    return nn.Dense(features, kernel_init=init, **dict(types))
 
 
 class FirstToken(nn.Module):
@@ -122,20 +127,16 @@ class FirstToken(nn.Module):
         return dense(y, self.labels, "out_proj", config, types) if self.labels else y
 
 
-def roberta_classifier(
-    config: EncoderConfig, types: Types, attend: Attend, x: jax.Array
-) -> jax.Array:
+def roberta_classifier(config: EncoderConfig, types: Types) -> dict[str, nn.Module]:
     """[B, labels]"""
-    return FirstToken(config, types, "tanh", config.num_labels, name="classifier")(x)
+    return {"classifier": FirstToken(config, types, "tanh", config.num_labels)}
 
 
-def deberta_classifier(
-    config: EncoderConfig, types: Types, attend: Attend, x: jax.Array
-) -> jax.Array:
+def deberta_classifier(config: EncoderConfig, types: Types) -> dict[str, nn.Module]:
     """[B, labels]"""
     assert config.disentangled is not None
-    pooled = FirstToken(config, types, config.disentangled.pooler_act, name="pooler")(x)
-    return classifier(config, types, attend, pooled)
+    pooler = FirstToken(config, types, config.disentangled.pooler_act)
+    return {"pooler": pooler, **classifier(config, types)}
 
 
 _PER_TOKEN: dict[str, Head] = {

@@ -99,13 +99,65 @@ class EncoderDecoder(nn.Module):
         Raises ValueError for a call that has neither ``input_ids`` nor a cache of them, or lacks or
         has what its task does not.
         """
-        writes = self.task == "seq2seq-lm"
-        if not writes and (cache is not None or input_ids is None):
+        if self.task != "seq2seq-lm" and (cache is not None or input_ids is None):
             raise ValueError(f"a model for {self.task} takes input_ids and no cache")
+        x, hidden, cache = self._through_layers(
+            input_ids,
+            attention_mask=attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            cache=cache,
+            emit_hidden=output_hidden_states,
+        )
+        if self.task == "token-classification":
+            return EncoderOutput(
+                logits=self.classifier(x), hidden_states=hidden["encoder_hidden_states"]
+            )
+        if self.task == "question-answering":
+            ends = self.qa_outputs(x)
+            return Seq2SeqAnsweringOutput(
+                start_logits=ends[..., 0], end_logits=ends[..., 1], **hidden
+            )
+        if self.task == "sequence-classification":
+            assert input_ids is not None
+            pooled = at_last(x, input_ids, end_of(self.config))
+            return Seq2SeqLMOutput(logits=self.classification_head(pooled), **hidden)
+        return Seq2SeqLMOutput(logits=self.head(x), cache=cache, **hidden)
+
+    def states(
+        self,
+        input_ids: jax.Array,
+        *,
+        attention_mask: jax.Array | None = None,
+        decoder_input_ids: jax.Array | None = None,
+        decoder_attention_mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """[B, T, D]: what :meth:`head` makes logits of; arguments as for a call."""
+        return self._through_layers(
+            input_ids,
+            attention_mask=attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            cache=None,
+            emit_hidden=False,
+        )[0]
+
+    def _through_layers(
+        self,
+        input_ids: jax.Array | None,
+        *,
+        attention_mask: jax.Array | None,
+        decoder_input_ids: jax.Array | None,
+        decoder_attention_mask: jax.Array | None,
+        cache: Seq2SeqCache | None,
+        emit_hidden: bool,
+    ) -> tuple[jax.Array, dict[str, Any], Seq2SeqCache | None]:
+        """The last states of all layers that the task has, the hidden states by their names in an
+        output, and the cache after this call."""
         memory = encoder_hidden = None
         source = attention_mask
         if input_ids is not None:
-            both = Attending.both_ways(attention_mask, emit_hidden=output_hidden_states)
+            both = Attending.both_ways(attention_mask, emit_hidden=emit_hidden)
             memory, _, encoder_hidden = self.encode(input_ids, Shared(both))
         elif cache is None or cache.cross is None or attention_mask is not None:
             raise ValueError(
@@ -114,9 +166,10 @@ class EncoderDecoder(nn.Module):
         else:
             source = cache.source
         if self.task == "token-classification":
-            return EncoderOutput(logits=self.classifier(memory), hidden_states=encoder_hidden)
+            assert memory is not None
+            return memory, {"encoder_hidden_states": encoder_hidden}, None
         if decoder_input_ids is None:
-            if writes or input_ids is None:
+            if self.task == "seq2seq-lm" or input_ids is None:
                 raise ValueError("a call that is to write needs decoder_input_ids")
             decoder_input_ids = shift_right(input_ids, self.config)
         tokens = tokens_of(
@@ -130,20 +183,10 @@ class EncoderDecoder(nn.Module):
             tokens,
             None if cache is None else cache.decoder,
             padded=decoder_attention_mask is not None,
-            emit_hidden=output_hidden_states,
+            emit_hidden=emit_hidden,
         )
         shared = Shared(attending, memory=memory, across=Attending.both_ways(source))
         x, fresh, hidden = self._decoded(decoder_input_ids, shared, cache)
-        states: Any = {"encoder_hidden_states": encoder_hidden, "decoder_hidden_states": hidden}
-        if self.task == "question-answering":
-            ends = self.qa_outputs(x)
-            return Seq2SeqAnsweringOutput(
-                start_logits=ends[..., 0], end_logits=ends[..., 1], **states
-            )
-        if self.task == "sequence-classification":
-            assert input_ids is not None
-            pooled = at_last(x, input_ids, end_of(self.config))
-            return Seq2SeqLMOutput(logits=self.classification_head(pooled), **states)
         if cache is not None:
             assert fresh is not None
             if input_ids is not None:
@@ -154,7 +197,8 @@ class EncoderDecoder(nn.Module):
                 cross=cache.cross if fresh[1] is None else fresh[1],
                 source=source,
             )
-        return Seq2SeqLMOutput(logits=self.head(x), cache=cache, **states)
+        both_hidden = {"encoder_hidden_states": encoder_hidden, "decoder_hidden_states": hidden}
+        return x, both_hidden, cache
 
     def _decoded(self, input_ids: jax.Array, shared: Shared, cache: Seq2SeqCache | None) -> Stacked:
         """The decoder's states for ids behind those that are cached; keys and values of the encoder

@@ -34,13 +34,8 @@ Head = Callable[[list[jax.Array], jax.Array, jax.Array], jax.Array]
 """``head(leaves, x [B, C, D], number of the chunk) -> logits [B, C, V]``."""
 
 
-def splits(apply: Any) -> bool:
-    """Whether ``apply`` is bound to a model whose states and head can be called apart."""
-    return isinstance(apply, Bound) and hasattr(apply.model, "states")
-
-
 def summed_losses(
-    apply: Bound,
+    apply: Callable[..., Any],
     variables: Variables,
     inputs: dict[str, Any],
     targets: jax.Array,
@@ -49,8 +44,12 @@ def summed_losses(
 ) -> jax.Array:
     """Sum of ``-log p(target)`` over the ``counted`` positions, fp32 scalar.
 
-    ``inputs`` are those of the model's ``states``; ``targets`` int32 and ``counted`` bool [B, T].
+    ``inputs`` are those of the model, and of its ``states``; ``targets`` int32 and ``counted`` bool
+    [B, T]. The logits of all are made only where ``apply`` is not bound to a model whose states and
+    head can be called apart.
     """
+    if not isinstance(apply, Bound) or not hasattr(apply.model, "states"):
+        return chunk_losses(apply(variables, **inputs, key=key).logits, targets, counted)
     reached: set[Any] = set()
     x = apply.partly(reached, variables, **inputs, key=key, method="states")
     leaves, structure = jax.tree.flatten((variables, key))
@@ -159,6 +158,6 @@ def over_chunks(add: Callable[..., Any], start: Any, *chunks: jax.Array) -> tupl
 
 
 def chunk_losses(logits: jax.Array, targets: jax.Array, counted: jax.Array) -> jax.Array:
-    """The sum over the counted positions of logits [B, C, V], which are taken to fp32."""
+    """The sum over the counted positions of logits [..., V], which are taken to fp32."""
     losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
     return jnp.where(counted, losses, 0.0).sum()

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jqlora.train.by_chunks import chunk_losses, splits, summed_losses
+from jqlora.train.by_chunks import chunk_losses, summed_losses
 from jqlora.types import Variables
 
 INPUTS = ("input_ids", "positions", "segment_ids")
@@ -58,8 +58,6 @@ def causal_lm_loss(
     logits of the whole batch are never made, see :mod:`jqlora.train.by_chunks`.
     """
     inputs = {name: batch[name] for name in INPUTS}
-    if not splits(apply):
-        return cross_entropy(apply(variables, **inputs, key=key).logits, batch)
     targets, counted = next_tokens(batch)
     total = summed_losses(apply, variables, inputs, targets, counted, key)
     return total, counted.sum(dtype=jnp.float32)

@@ -11,7 +11,8 @@ A batch holds ``input_ids`` int32 [B, T], mostly ``attention_mask`` [B, T] and `
 * seq2seq-lm: ``labels`` int32 [B, T'], -100 where nothing is asked. The decoder reads them one
   place later behind the config's ``decoder_start_token_id``, or ``decoder_input_ids`` [B, T'].
 
-Each gives a sum and the count to divide it by, as ``make_train_step`` wants.
+Each gives a sum and the count to divide it by, as ``make_train_step`` wants. Logits of whole
+vocabularies are made by chunks, as for next tokens (:mod:`jqlora.train.by_chunks`).
 """
 
 from collections.abc import Callable
@@ -23,6 +24,7 @@ import optax
 
 from jqlora.errors import ConfigError
 from jqlora.models.seq2seq_heads import IGNORED, shift_right
+from jqlora.train.by_chunks import chunk_losses, summed_losses
 from jqlora.train.loss import Batch, causal_lm_loss
 from jqlora.types import Variables
 
@@ -47,7 +49,9 @@ def loss_for(model: Any) -> Loss:
         return causal_lm_loss
     if task == "question-answering":
         return _answering_loss
-    if task in ("masked-lm", "token-classification"):
+    if task == "masked-lm":
+        return _masked_loss
+    if task == "token-classification":
         return _labelled(classes)
     if task == "seq2seq-lm":
         return _seq2seq(model.config)
@@ -58,11 +62,8 @@ def loss_for(model: Any) -> Loss:
 
 def classes(logits: jax.Array, labels: jax.Array) -> Summed:
     """Cross-entropy of logits [..., C] over the labels int [...] that are not -100."""
-    counted = labels != IGNORED
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-        logits.astype(jnp.float32), jnp.where(counted, labels, 0)
-    )
-    return jnp.where(counted, losses, 0.0).sum(), counted.sum(dtype=jnp.float32)
+    targets, counted = _asked(labels)
+    return chunk_losses(logits, targets, counted), counted.sum(dtype=jnp.float32)
 
 
 def binaries(logits: jax.Array, labels: jax.Array) -> Summed:
@@ -114,13 +115,31 @@ def _labelled(measure: Callable[[jax.Array, jax.Array], Summed]) -> Loss:
     return loss
 
 
+def _asked(labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The labels, with some class where nothing is asked; and where something is."""
+    counted = labels != IGNORED
+    return jnp.where(counted, labels, 0), counted
+
+
+def _over_vocabulary(
+    apply: Any, variables: Variables, inputs: dict[str, Any], labels: jax.Array, key: Any
+) -> Summed:
+    targets, counted = _asked(labels)
+    total = summed_losses(apply, variables, inputs, targets, counted, key)
+    return total, counted.sum(dtype=jnp.float32)
+
+
+def _masked_loss(apply: Any, variables: Variables, batch: Batch, key: jax.Array | None) -> Summed:
+    return _over_vocabulary(apply, variables, _inputs(batch), jnp.asarray(batch["labels"]), key)
+
+
 def _seq2seq(config: Any) -> Loss:
     def loss(apply: Any, variables: Variables, batch: Batch, key: jax.Array | None) -> Summed:
         labels = jnp.asarray(batch["labels"])
         inputs = {name: batch[name] for name in SEQ2SEQ_INPUTS if name in batch}
         if "decoder_input_ids" not in inputs:
             inputs["decoder_input_ids"] = shift_right(labels, config)
-        return classes(apply(variables, **inputs, key=key).logits, labels)
+        return _over_vocabulary(apply, variables, inputs, labels, key)
 
     return loss
 

@@ -1,7 +1,9 @@
 """The loss by chunks is the loss of whole logits, and these are never made."""
 
 import functools
+import math
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,60 +13,104 @@ import pytest
 from jqlora.attach import bind, init, plan
 from jqlora.errors import AdapterNotReached
 from jqlora.methods import LoRA
-from jqlora.models import LlamaConfig, LlamaForCausalLM
+from jqlora.models import LlamaForCausalLM, abstract_params, family_of
 from jqlora.quant import NF4, quantize_params
-from jqlora.train import by_chunks, causal_lm_loss, cross_entropy
+from jqlora.train import by_chunks, causal_lm_loss, loss_for
 
 ROWS, LENGTH, VOCABULARY, WIDTH = 3, 13, 97, 32
-SPECS = {
-    "layers": LoRA(rank=2),
-    "head": LoRA(rank=2, targets=["q_proj", "lm_head"]),
-    "head trained whole": LoRA(rank=2, modules_to_save=["lm_head"]),
-    "tied embedding trained whole": LoRA(rank=2, modules_to_save=["embed_tokens"]),
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 24,
+}
+T5 = {
+    "model_type": "t5",
+    "vocab_size": VOCABULARY,
+    "d_model": WIDTH,
+    "d_kv": 16,
+    "d_ff": 48,
+    "num_layers": 1,
+    "num_heads": 2,
+    "decoder_start_token_id": 0,
+    "pad_token_id": 0,
+}
+BART = {
+    "model_type": "bart",
+    "vocab_size": VOCABULARY,
+    "d_model": WIDTH,
+    "max_position_embeddings": 24,
+    **{f"{side}_layers": 1 for side in ("encoder", "decoder")},
+    **{f"{side}_attention_heads": 2 for side in ("encoder", "decoder")},
+    **{f"{side}_ffn_dim": 48 for side in ("encoder", "decoder")},
+}
+MODELS = {
+    "causal": ("causal-lm", SMALL | {"model_type": "llama"}),
+    "causal, tied": ("causal-lm", SMALL | {"model_type": "llama", "tie_word_embeddings": True}),
+    "bert": ("masked-lm", SMALL | {"model_type": "bert"}),
+    "t5": ("seq2seq-lm", T5),
+    "bart": ("seq2seq-lm", BART),
+}
+CASES = {
+    "layers": ("causal", LoRA(rank=2)),
+    "head": ("causal", LoRA(rank=2, targets=["q_proj", "lm_head"])),
+    "head trained whole": ("causal", LoRA(rank=2, modules_to_save=["lm_head"])),
+    "tied embedding trained whole": (
+        "causal, tied",
+        LoRA(rank=2, modules_to_save=["embed_tokens"]),
+    ),
+    "transform of BERT's head": ("bert", LoRA(rank=2, targets=["query", "transform.dense"])),
+    "scaled tied logits of T5": ("t5", LoRA(rank=2, targets=["q", "wo"])),
+    "biased logits of BART": ("bart", LoRA(rank=2, targets=["q_proj", "fc1"])),
 }
 QUANTIZED = ("layers", "head")
 
 
 @functools.cache
-def model_of(tied):
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=16,
-        tie_word_embeddings=tied,
-    )
-    model = LlamaForCausalLM(config)
-    ids = jnp.zeros((1, 2), jnp.int32)
-    return model, jax.jit(model.init)(jax.random.key(1), ids)["params"]
+def model_of(name):
+    task, config = MODELS[name]
+    family = family_of(config)
+    model = family.build(family.parse(config), task=task)
+    shapes = abstract_params(model)
+    generator = np.random.default_rng(1)
+
+    def draw(leaf):
+        return jnp.asarray(generator.normal(0, 0.2, leaf.shape), leaf.dtype)
+
+    return model, jax.tree.map(draw, shapes)
 
 
 def made(name, quantized=False):
     """(apply, variables) with adapters away from their start."""
-    model, params = model_of("tied" in name)
+    model_name, spec = CASES[name]
+    model, params = model_of(model_name)
     if quantized:
         params = quantize_params(params, NF4(double_quant=True), skip=())
-    planned = plan(model, params, SPECS[name])
+    planned = plan(model, params, spec)
     adapters = init(jax.random.key(2), planned, params)
     adapters = jax.tree.map(lambda leaf: leaf + 0.01, adapters)
     return bind(model, planned), {"params": params, **adapters}
 
 
-def batch_of():
+def batch_of(task="causal-lm") -> dict[str, Any]:
     ids = jax.random.randint(jax.random.key(0), (ROWS, LENGTH), 0, VOCABULARY, jnp.int32)
     segments = jnp.ones((ROWS, LENGTH), jnp.int32).at[1, 8:].set(2).at[2, 10:].set(0)
-    positions = jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32), ids.shape)
     mask = jnp.ones_like(ids).at[0, :4].set(0)
+    if task != "causal-lm":
+        labels = jnp.where(mask == 1, jnp.roll(ids, 2, axis=1), -100)
+        return {"input_ids": ids, "attention_mask": jnp.minimum(segments, 1), "labels": labels}
+    positions = jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32), ids.shape)
     names = ("input_ids", "positions", "segment_ids", "loss_mask")
     return dict(zip(names, (ids, positions, segments, mask), strict=True))
 
 
-def whole(apply, variables, batch):
-    inputs = {name: batch[name] for name in ("input_ids", "positions", "segment_ids")}
-    return cross_entropy(apply(variables, **inputs).logits, batch)
+def largest(compiled):
+    """Numbers of the largest fp32 array of a program, and of all of them."""
+    shapes = re.findall(r"f32\[([\d,]+)\]", compiled.as_text() or "")
+    sizes = {math.prod(int(n) for n in shape.split(",")) for shape in shapes}
+    return max(sizes), sizes
 
 
 @pytest.fixture
@@ -74,25 +120,28 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(by_chunks, "CHUNK_LOGITS", 1)
 
 
-@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.usefixtures("small_chunks", "compile_quickly")
 @pytest.mark.parametrize(
     ("name", "quantized"),
-    [*((name, False) for name in SPECS), *((name, True) for name in QUANTIZED)],
+    [*((name, False) for name in CASES), *((name, True) for name in QUANTIZED)],
 )
 def test_loss_and_gradient_are_those_of_the_whole_logits(name, quantized):
     apply, variables = made(name, quantized)
-    batch = batch_of()
-    frozen = {"params": variables.pop("params")} if quantized else {}
+    batch = batch_of(apply.model.task)
+    loss = loss_for(apply.model)
+    everything = name == "layers" and not quantized
+    frozen = {} if everything else {"params": variables.pop("params")}
 
-    def graded(loss):
-        def total(variables):
-            value, count = loss(variables | frozen)
-            return value, count
+    def graded(apply):
+        """Compiled: what is not bound to a model has its logits made whole."""
+        total = jax.value_and_grad(lambda v: loss(apply, v | frozen, batch, None), has_aux=True)
+        return jax.jit(total).lower(variables).compile()
 
-        return jax.jit(jax.value_and_grad(total, has_aux=True))(variables)
-
-    (value, count), gradient = graded(lambda v: causal_lm_loss(apply, v, batch, None))
-    (expected, tokens), theirs = graded(lambda v: whole(apply, v, batch))
+    by_chunk, at_once = graded(apply), graded(lambda *args, **more: apply(*args, **more))
+    assert ROWS * 4 * VOCABULARY in largest(by_chunk)[1]
+    assert largest(by_chunk)[0] < ROWS * LENGTH * VOCABULARY <= largest(at_once)[0]
+    (value, count), gradient = by_chunk(variables)
+    (expected, tokens), theirs = at_once(variables)
     assert count == tokens
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     for one, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(theirs), strict=True):
@@ -100,7 +149,7 @@ def test_loss_and_gradient_are_those_of_the_whole_logits(name, quantized):
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_no_array_holds_the_logits_of_the_batch_and_no_gradient_that_of_a_frozen_head():
+def test_a_step_makes_no_gradient_of_a_frozen_head():
     apply, variables = made("layers")
     batch = batch_of()
 
@@ -108,19 +157,16 @@ def test_no_array_holds_the_logits_of_the_batch_and_no_gradient_that_of_a_frozen
         return causal_lm_loss(apply, {"params": params, **adapters}, batch, None)[0]
 
     adapters = {"lora": variables["lora"]}
-    text = jax.jit(jax.grad(loss)).lower(adapters, variables["params"], batch).compile().as_text()
-    shapes = re.findall(r"f32\[([\d,]+)\]", text)
-    sizes = {np.prod([int(n) for n in shape.split(",")]) for shape in shapes}
-    assert ROWS * 4 * VOCABULARY in sizes
-    assert max(sizes) < ROWS * LENGTH * VOCABULARY
-    products = re.findall(rf"f32\[{WIDTH},{VOCABULARY}\]\S* (?:dot|add|fusion)\(", text)
-    assert not products
+    compiled = jax.jit(jax.grad(loss)).lower(adapters, variables["params"], batch).compile()
+    assert largest(compiled)[0] < ROWS * LENGTH * VOCABULARY
+    shape = rf"f32\[{WIDTH},{VOCABULARY}\]"
+    assert not re.findall(rf"{shape}\S* (?:dot|add|fusion)\(", compiled.as_text() or "")
 
 
 def test_every_chunk_draws_its_own_dropout(monkeypatch):
     monkeypatch.setattr(by_chunks, "CHUNK_TOKENS", 4)
     monkeypatch.setattr(by_chunks, "CHUNK_LOGITS", 1)
-    model, params = model_of(False)
+    model, params = model_of("causal")
     planned = plan(model, params, LoRA(rank=2, targets=["lm_head"], dropout=0.5))
     fresh = init(jax.random.key(2), planned)
     adapters = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(4), leaf.shape), fresh)
@@ -147,9 +193,9 @@ def test_a_planned_module_that_neither_part_calls_is_missed():
         def head(self, x):
             return x @ jnp.ones((WIDTH, VOCABULARY), x.dtype)
 
-    _, params = model_of(False)
-    model, _ = model_of(False)
-    planned = plan(model, params, SPECS["head"])
+    _, params = model_of("causal")
+    model, _ = model_of("causal")
+    planned = plan(model, params, CASES["head"][1])
     variables = {"params": params, **init(jax.random.key(2), planned)}
     apply = bind(Headless(model.config), planned)
     with pytest.raises(AdapterNotReached, match="lm_head"):
