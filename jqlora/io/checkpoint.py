@@ -13,7 +13,8 @@ from flax import linen as nn
 from jqlora.errors import CheckpointError, ConfigError
 from jqlora.io.gguf_config import config_from_gguf
 from jqlora.io.readers import TensorReader, open_directory
-from jqlora.io.readers.gguf import GGUFTensors, open_gguf
+from jqlora.io.readers.gguf import GGUFTensors
+from jqlora.io.readers.gguf_header import open_gguf
 from jqlora.io.source import Source
 from jqlora.models import Family, Naming, family_of, task_of
 from jqlora.models.tasks import LABELLED
@@ -83,7 +84,7 @@ def open_checkpoint(
         header = open_gguf(source.path)
         try:
             config = config_from_gguf(header)
-            reader = GGUFTensors(source.path, header)
+            reader = GGUFTensors(header)
         except CheckpointError as error:
             raise CheckpointError(f"{source.path}: {error}") from error
         return _assemble(source, source.path, config, lambda: reader, task, num_labels)

@@ -5,10 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader
 
 from jqlora.errors import CheckpointError
-from jqlora.io.readers.gguf import field
+from jqlora.io.readers.gguf_header import GGUFHeader, field
 
 _MODEL_TYPES = {
     "llama": "LlamaForCausalLM",
@@ -32,34 +31,34 @@ _LLAMA3_ROPE = {
 }
 
 
-def config_from_gguf(reader: GGUFReader) -> dict[str, Any]:
+def config_from_gguf(header: GGUFHeader) -> dict[str, Any]:
     """The content of a ``config.json`` for this file, in the spelling of the hub's older files.
 
     ``torch_dtype`` is the type of the matrices if they are stored plainly (F32, F16, BF16), and
     float32 if they are block-quantized: that is what decodes them without loss.
     Raises CheckpointError for an unknown architecture or missing metadata.
     """
-    kind = field(reader, "general.architecture")
+    kind = field(header, "general.architecture")
     if kind not in _MODEL_TYPES:
         raise CheckpointError(
             f"unknown GGUF architecture {kind!r}; known are {', '.join(sorted(_MODEL_TYPES))}"
         )
 
     def value(key: str, default: Any = ...) -> Any:
-        return field(reader, f"{kind}.{key}", default)
+        return field(header, f"{kind}.{key}", default)
 
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    tensors = {tensor.name: tensor for tensor in header.tensors}
     if "token_embd.weight" not in tensors:
         raise CheckpointError("the GGUF file has no tensor 'token_embd.weight'")
     heads = value("attention.head_count")
     shared = {
         "architectures": [_MODEL_TYPES[kind]],
-        "vocab_size": int(tensors["token_embd.weight"].shape[1]),
+        "vocab_size": tensors["token_embd.weight"].shape[0],
         "tie_word_embeddings": "output.weight" not in tensors,
-        "torch_dtype": _matrix_dtype(reader),
+        "torch_dtype": _matrix_dtype(header),
     }
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        shared[f"{name}_token_id"] = field(reader, f"tokenizer.ggml.{key}_token_id", None)
+        shared[f"{name}_token_id"] = field(header, f"tokenizer.ggml.{key}_token_id", None)
     if kind == "gpt2":
         return shared | _gpt2(value)
     head_dim = value("attention.key_length", value("embedding_length") // heads)
@@ -76,12 +75,12 @@ def config_from_gguf(reader: GGUFReader) -> dict[str, Any]:
         "max_position_embeddings": value("context_length"),
         "rms_norm_eps": _shortest(value("attention.layer_norm_rms_epsilon")),
         "rope_theta": theta,
-        "rope_scaling": _rope_scaling(reader, kind, head_dim, theta),
+        "rope_scaling": _rope_scaling(header, kind, head_dim, theta),
     }
     if kind.startswith("gemma"):
         config |= _gemma(kind, value, head_dim)
     if kind == "phi3":
-        config |= _phi3(reader, value, head_dim)
+        config |= _phi3(header, value, head_dim)
     return shared | config
 
 
@@ -118,16 +117,16 @@ def _gemma(kind: str, value: Callable[..., Any], head_dim: int) -> dict[str, Any
     }
 
 
-def _phi3(reader: GGUFReader, value: Callable[..., Any], head_dim: int) -> dict[str, Any]:
+def _phi3(header: GGUFHeader, value: Callable[..., Any], head_dim: int) -> dict[str, Any]:
     """A window, 0 for none; a part of each head that is rotated; the two sets of LongRoPE."""
     config: dict[str, Any] = {
         "sliding_window": value("attention.sliding_window", None) or None,
         "partial_rotary_factor": value("rope.dimension_count", head_dim) / head_dim,
     }
     factors = {
-        length: [float(str(f)) for f in np.asarray(tensor.data, np.float32)]
+        length: [float(str(f)) for f in header.read(tensor).view(np.float32)]
         for length in ("short", "long")
-        for tensor in reader.tensors
+        for tensor in header.tensors
         if tensor.name == f"rope_factors_{length}.weight"
     }
     if factors:
@@ -145,20 +144,23 @@ def _shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _matrix_dtype(reader: GGUFReader) -> str:
+def _matrix_dtype(header: GGUFHeader) -> str:
     names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-    kinds = {GGMLQuantizationType(t.tensor_type).name for t in reader.tensors if len(t.shape) > 1}
+    kinds = {t.kind.name for t in header.tensors if len(t.shape) > 1}
     return names.get(kinds.pop(), "float32") if len(kinds) == 1 else "float32"
 
 
-def _rope_scaling(reader: GGUFReader, kind: str, head_dim: int, theta: float) -> dict | None:
-    scaling = field(reader, f"{kind}.rope.scaling.type", "none")
+def _rope_scaling(header: GGUFHeader, kind: str, head_dim: int, theta: float) -> dict | None:
+    scaling = field(header, f"{kind}.rope.scaling.type", "none")
     if scaling == "linear":
-        return {"rope_type": "linear", "factor": field(reader, f"{kind}.rope.scaling.factor")}
+        return {"rope_type": "linear", "factor": field(header, f"{kind}.rope.scaling.factor")}
     if scaling != "none":
         raise CheckpointError(f"rope scaling {scaling!r} of this GGUF file is not supported")
-    stored = [tensor for tensor in reader.tensors if tensor.name == "rope_freqs.weight"]
-    return _llama3_rope(np.asarray(stored[0].data, np.float64), head_dim, theta) if stored else None
+    stored = [tensor for tensor in header.tensors if tensor.name == "rope_freqs.weight"]
+    if not stored:
+        return None
+    divisors = header.read(stored[0]).view(np.float32).astype(np.float64)
+    return _llama3_rope(divisors, head_dim, theta)
 
 
 def _llama3_rope(divisors: np.ndarray, head_dim: int, theta: float) -> dict[str, Any]:

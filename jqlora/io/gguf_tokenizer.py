@@ -8,7 +8,7 @@ changes how some texts are tokenized and nothing complains, so an unknown name i
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gguf import GGUFReader, TokenType
+from gguf import TokenType
 from tokenizers import (
     AddedToken,
     Regex,
@@ -21,7 +21,7 @@ from tokenizers import (
 )
 
 from jqlora.errors import DataError
-from jqlora.io.readers.gguf import field
+from jqlora.io.readers.gguf_header import GGUFHeader, field
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -66,7 +66,7 @@ _NORMALIZERS: dict[str, Callable[[], Any]] = dict.fromkeys(
 _WHOLE_WORDS = {"llama-bpe", "llama3", "llama-v3"}
 
 
-def tokenizer_from_gguf(reader: GGUFReader) -> "PreTrainedTokenizerFast":
+def tokenizer_from_gguf(header: GGUFHeader) -> "PreTrainedTokenizerFast":
     """Byte-level BPE (``gpt2``) or SentencePiece BPE (``llama``), with special tokens and template.
 
     Raises DataError for other models and unknown splitting rules, CheckpointError for missing
@@ -74,42 +74,42 @@ def tokenizer_from_gguf(reader: GGUFReader) -> "PreTrainedTokenizerFast":
     """
     from transformers import PreTrainedTokenizerFast  # takes seconds where torch is installed
 
-    kind = field(reader, "tokenizer.ggml.model")
+    kind = field(header, "tokenizer.ggml.model")
     if kind not in _BUILDERS:
         raise DataError(
             f"GGUF tokenizers of the kind {kind!r} are not supported; "
             f"known are {', '.join(_BUILDERS)}"
         )
-    tokens: list[str] = field(reader, "tokenizer.ggml.tokens")
-    tokenizer, starts_with_bos = _BUILDERS[kind](reader, tokens)
-    kinds = field(reader, "tokenizer.ggml.token_type", [TokenType.NORMAL] * len(tokens))
+    tokens: list[str] = field(header, "tokenizer.ggml.tokens")
+    tokenizer, starts_with_bos = _BUILDERS[kind](header, tokens)
+    kinds = field(header, "tokenizer.ggml.token_type", [TokenType.NORMAL] * len(tokens))
     tokenizer.add_special_tokens(_added(tokens, kinds, TokenType.CONTROL))
     tokenizer.add_tokens(_added(tokens, kinds, TokenType.USER_DEFINED))
     special = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
     ids = {
-        name: field(reader, f"tokenizer.ggml.{key}_token_id", None) for name, key in special.items()
+        name: field(header, f"tokenizer.ggml.{key}_token_id", None) for name, key in special.items()
     }
     named = {f"{name}_token": tokens[i] for name, i in ids.items() if i is not None}
-    if field(reader, "tokenizer.ggml.add_bos_token", starts_with_bos) and "bos_token" in named:
+    if field(header, "tokenizer.ggml.add_bos_token", starts_with_bos) and "bos_token" in named:
         _start_with(tokenizer, named["bos_token"])
-    architecture = field(reader, "general.architecture")
+    architecture = field(header, "general.architecture")
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        chat_template=field(reader, "tokenizer.chat_template", None),
-        model_max_length=field(reader, f"{architecture}.context_length", None),
+        chat_template=field(header, "tokenizer.chat_template", None),
+        model_max_length=field(header, f"{architecture}.context_length", None),
         clean_up_tokenization_spaces=False,
         **named,
     )
 
 
-def _byte_level_bpe(reader: GGUFReader, tokens: Sequence[str]) -> tuple[Tokenizer, bool]:
-    rule = field(reader, "tokenizer.ggml.pre", "absent")
+def _byte_level_bpe(header: GGUFHeader, tokens: Sequence[str]) -> tuple[Tokenizer, bool]:
+    rule = field(header, "tokenizer.ggml.pre", "absent")
     if rule not in _PRE_TOKENIZERS:
         raise DataError(
             f"tokenizer.ggml.pre={rule!r} names no splitting rule that is known here; known are "
             f"{', '.join(_PRE_TOKENIZERS)}; take the tokenizer of the original model instead"
         )
-    merges = [tuple(merge.split(" ", 1)) for merge in field(reader, "tokenizer.ggml.merges")]
+    merges = [tuple(merge.split(" ", 1)) for merge in field(header, "tokenizer.ggml.merges")]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     whole = rule in _WHOLE_WORDS
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=whole))
@@ -120,10 +120,10 @@ def _byte_level_bpe(reader: GGUFReader, tokens: Sequence[str]) -> tuple[Tokenize
     return tokenizer, whole
 
 
-def _sentencepiece_bpe(reader: GGUFReader, tokens: Sequence[str]) -> tuple[Tokenizer, bool]:
+def _sentencepiece_bpe(header: GGUFHeader, tokens: Sequence[str]) -> tuple[Tokenizer, bool]:
     """SentencePiece's BPE merges the adjacent pair whose union has the best score."""
-    scores = field(reader, "tokenizer.ggml.scores")
-    kinds = field(reader, "tokenizer.ggml.token_type")
+    scores = field(header, "tokenizer.ggml.scores")
+    kinds = field(header, "tokenizer.ggml.token_type")
     vocabulary = {token: i for i, token in enumerate(tokens)}
     merges: list[tuple[float, int, int]] = []
     for i, token in enumerate(tokens):
@@ -133,7 +133,7 @@ def _sentencepiece_bpe(reader: GGUFReader, tokens: Sequence[str]) -> tuple[Token
                 if left is not None and right is not None:
                     merges.append((-scores[i], left, right))
     merges.sort()
-    unknown = tokens[field(reader, "tokenizer.ggml.unknown_token_id", 0)]
+    unknown = tokens[field(header, "tokenizer.ggml.unknown_token_id", 0)]
     tokenizer = Tokenizer(
         models.BPE(
             vocabulary,
@@ -145,7 +145,7 @@ def _sentencepiece_bpe(reader: GGUFReader, tokens: Sequence[str]) -> tuple[Token
     )
     steps: list[Any] = [normalizers.Replace(" ", "▁")]
     ends: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    if field(reader, "tokenizer.ggml.add_space_prefix", True):
+    if field(header, "tokenizer.ggml.add_space_prefix", True):
         steps.insert(0, normalizers.Prepend("▁"))
         ends.append(decoders.Strip(" ", 1, 0))
     tokenizer.normalizer = normalizers.Sequence(steps)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from jqlora.errors import CheckpointError, DataError
 from jqlora.io.gguf_tokenizer import tokenizer_from_gguf
-from jqlora.io.readers.gguf import open_gguf
+from jqlora.io.readers.gguf_header import open_gguf
 from jqlora.io.source import Source, resolve
 
 if TYPE_CHECKING:

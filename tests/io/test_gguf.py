@@ -9,7 +9,8 @@ from gguf import GGMLQuantizationType as Kind
 from jqlora.errors import CheckpointError, SourceError
 from jqlora.io import describe, load
 from jqlora.io.gguf_config import config_from_gguf
-from jqlora.io.readers.gguf import open_gguf, unpermute
+from jqlora.io.readers.gguf import unpermute
+from jqlora.io.readers.gguf_header import open_gguf
 from tests.io.toy_files import CONFIG, leaf_of, tensors_of
 
 BLOCK = 256  # of the K types: rows must be a multiple of it
@@ -120,6 +121,25 @@ def test_the_rotary_halves_are_put_apart_again():
     assert not np.array_equal(permute(weight, 3), weight)
 
 
+def test_the_header_is_what_the_package_reads_of_it(tmp_path):
+    values = {
+        "list": lambda writer: writer.add_array("words", ["a", "", "ü"]),
+        "numbers": lambda writer: writer.add_array("numbers", [1, -2, 3]),
+        "floats": lambda writer: writer.add_array("floats", [0.5, 2.0]),
+        "bool": lambda writer: writer.add_bool("yes", True),
+        "wide": lambda writer: writer.add_int64("wide", -(2**40)),
+        "align": lambda writer: writer.add_custom_alignment(64),
+    }
+    write_gguf(tmp_path / "toy.gguf", Kind.Q8_0, metadata=values.values())
+    header, theirs = open_gguf(tmp_path / "toy.gguf"), gguf.GGUFReader(tmp_path / "toy.gguf")
+    said = {k: v.contents() for k, v in theirs.fields.items() if not k.startswith("GGUF.")}
+    assert header.metadata == said
+    where = [(t.name, t.kind, t.shape[::-1], t.offset, t.size) for t in header.tensors]
+    assert where == [
+        (t.name, t.tensor_type, tuple(t.shape), t.data_offset, t.n_bytes) for t in theirs.tensors
+    ]
+
+
 def test_the_config_says_what_the_metadata_said(tmp_path):
     write_gguf(tmp_path / "toy.gguf", Kind.Q8_0, tie_word_embeddings=False)
     config = config_from_gguf(open_gguf(tmp_path / "toy.gguf"))
@@ -195,6 +215,11 @@ DAMAGE = {
     "cut in the header": (lambda raw: raw[:200], "is truncated or not a GGUF file"),
     "empty": (lambda raw: b"", "is truncated or not a GGUF file"),
     "not GGUF": (lambda raw: b"PK" + raw[2:], "is truncated or not a GGUF file"),
+    "turned": (lambda raw: raw[:4] + raw[7:3:-1] + raw[8:], "was written for machines of other"),
+    "of no end": (
+        lambda raw: raw[:16] + b"\xff" * 8 + raw[24:],
+        "is truncated or not a GGUF file",
+    ),
 }
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from jqlora.attach import bind
 from jqlora.io import describe, load, load_tokenizer
-from jqlora.io.readers.gguf import GGUFTensors, open_gguf
+from jqlora.io.readers.gguf import GGUFTensors
+from jqlora.io.readers.gguf_header import open_gguf
 from jqlora.io.source import resolve
 from jqlora.quant import NF4, footprint
 
@@ -69,7 +70,7 @@ def test_weights_and_tokens_are_those_of_transformers(tokenizer):
     theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     for text in TEXTS[1:]:  # transformers forgets to split digits, see the test above
         assert tokenizer(text).input_ids == theirs(text).input_ids
-    reader = GGUFTensors(path, open_gguf(path))
+    reader = GGUFTensors(open_gguf(path))
     state = AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype="float32"
     ).state_dict()
