@@ -2,7 +2,9 @@
 
 'jqlora train', 'eval' and 'generate' keep the 4-bit codes that they make of a model, and the
 programs that they compile, in $JQLORA_CACHE or ~/.cache/jqlora. A copy is used for as long as the
-model's files, the quantization and the dtype are the same; it may be deleted at any time.
+model's files, the quantization and the dtype are the same; it may be deleted at any time. Programs
+are listed by the kind of processor that they were compiled on; together they take at most 512 MiB,
+and those that were not used for longest go first.
 JQLORA_CACHE=off, model.cache=off in a config, or --cache off keep nothing.
 """
 

@@ -16,19 +16,14 @@ from jqlora.errors import CheckpointError
 from jqlora.io import Cache, load
 from jqlora.io.cache import RECORD, cache_folder
 from jqlora.quant import FP4, INT8, NF4
-from jqlora.run.keeping import keep
+from jqlora.run.keeping import keep, prune
 from tests.io.toy_files import write_checkpoint
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 SPEC = NF4(double_quant=True)
 # one shape of matrices, so that one program quantizes all
 SMALL = {"num_hidden_layers": 1, "intermediate_size": 64, "num_key_value_heads": 4}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_programs():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture
@@ -213,13 +208,13 @@ def test_the_command_lists_and_clears_nothing_but_what_is_kept(checkpoint, cachi
     folder, (copy,) = caching.cache.folder, caching.copies
     record = json.loads((copy / RECORD).read_text())
     assert record["origin"]["quantize"] == repr(SPEC)
-    programs = folder / "programs" / ("0" * 16)
-    programs.mkdir(parents=True)
+    for machine in ("0" * 16, "1" * 16):
+        (folder / "programs" / machine).mkdir(parents=True)
     (folder / "quantized" / "mine.txt").write_text("not the cache's")
     (folder / "quantized" / f".{copy.name}.left").mkdir()
     assert main(["cache", str(folder)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [str(checkpoint) in line and str(copy) in line for line in lines] == [True, False]
+    assert [str(checkpoint) in line and str(copy) in line for line in lines] == [True, False, False]
     assert main(["cache", str(folder), "--clear"]) == 0
     assert sorted(p.name for p in folder.rglob("*")) == ["mine.txt", "programs", "quantized"]
 
@@ -232,3 +227,15 @@ def test_off_keeps_nothing_and_auto_follows_the_environment(monkeypatch, tmp_pat
     assert keep(str(tmp_path), said.append) == Cache(tmp_path, said.append)
     monkeypatch.setenv("JQLORA_CACHE", str(tmp_path / "b"))
     assert keep("auto", said.append) == Cache(tmp_path / "b", said.append)
+
+
+def test_of_many_programs_those_not_used_for_longest_go(tmp_path):
+    for age, name in enumerate(("a/new", "b/older", "a/oldest")):
+        program = tmp_path / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_bytes(b"." * 100)
+        os.utime(program, (1e9 - age, 1e9 + age))
+    prune(tmp_path, 300)
+    assert len(list(tmp_path.glob("*/*"))) == 3
+    prune(tmp_path, 250)
+    assert sorted(path.name for path in tmp_path.glob("*/*")) == ["new", "older"]
