@@ -75,13 +75,16 @@ def test_what_is_no_grid_is_refused_with_the_ways_out(config, words, message):
     ("overrides", "words", "message"),
     [
         (["data.heldout_share=0.5"], ["train.seed=0,1"], "losses do not compare"),
-        (["data.task=sst2"], ["train.seed=0,1"], "a run for each seed"),
-        (["train.offload=auto"], ["train.lr=1e-4,2e-4"], "say none or all"),
+        (["data.task=sst2"], ["train.seed=0,1"], "draws a head"),
     ],
 )
-def test_settings_that_members_cannot_share_are_refused(config, overrides, words, message):
-    with pytest.raises(ConfigError, match=message):
+def test_data_that_members_cannot_share_are_refused_without_a_seed_of_their_own(
+    config, overrides, words, message
+):
+    with pytest.raises(ConfigError, match=message + r".*data\.seed"):
         expand([config], overrides, words)
+    members = expand([config], [*overrides, "data.seed=5"], words).members.values()
+    assert [(one.train.seed, one.data_seed) for one in members] == [(0, 5), (1, 5)]
 
 
 def test_the_command_says_what_can_vary():

@@ -4,8 +4,10 @@ CONFIG and key=value are those of 'jqlora train'; each --vary names a setting an
 every combination of them is a member. All members are trained by one program that reads the base
 once for each step, and each comes out as it would from 'jqlora train' alone. What belongs to an
 adapter or its optimizer can vary: method.* (but modules_to_save and dtype), train.lr, schedule,
-warmup, optimizer, betas, weight_decay, max_grad_norm, lora_plus_ratio, freeze_a, seed. The
-directory then holds members/NAME/ (a run directory each), results.csv, plots and report.html.
+warmup, optimizer, betas, weight_decay, max_grad_norm, lora_plus_ratio, freeze_a, seed. With
+data.seed=0 a seed is of adapters and dropout alone: members then share the order of the data, what
+is held out, and a task's fresh head. The directory then holds members/NAME/ (a run directory each),
+results.csv, plots and report.html.
 Memory for activations, adapters and optimizer grows with the members; the base is there once.
 """
 

@@ -105,22 +105,18 @@ def _parse(word: str) -> tuple[str, list[Any]]:
 
 def _check(varied: dict[str, list[Any]], config: RunConfig) -> None:
     """Raise ConfigError for configs that do not go together though each is sound."""
-    if config.train.offload == "auto":
-        raise ConfigError(
-            "train.offload=auto is decided for the step of one adapter: say none or all"
-        )
-    if "train.seed" not in varied:
+    if "train.seed" not in varied or config.data.seed is not None:
         return
+    why = None
     if config.data.heldout_share is not None:
-        raise ConfigError(
-            "--vary train.seed: data.heldout_share holds other records out for each seed, whose "
-            "losses do not compare; name them in data.heldout"
-        )
+        why = "data.heldout_share holds out other records for each, whose losses do not compare"
     if config.data.task is not None:
-        raise ConfigError(
-            f"--vary train.seed: data.task={config.data.task!r} draws a head and pads its batches "
-            "by the seed, and members share both; make a run for each seed"
+        why = (
+            f"data.task={config.data.task!r} draws a head and pads its batches by the seed, and "
+            "members share both"
         )
+    if why is not None:
+        raise ConfigError(f"--vary train.seed: {why}; give all one data.seed, such as data.seed=0")
 
 
 def _short(keys: Sequence[str] | dict[str, Any]) -> dict[str, str]:

@@ -81,6 +81,9 @@ class DataConfig:
     """Records never trained on, whose loss is reported."""
     heldout_share: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Instead of ``heldout``: the share of ``train`` to hold out, whole questions at a time."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+    """Of what is held out, the order of rows and the numbers of a fresh head; null is
+    ``train.seed``."""
     general: str | tuple[str, ...] | None = None
     """Records of general knowledge, to see whether training damages it."""
     length: Positive = 512
@@ -138,7 +141,7 @@ class TrainConfig:
     max_grad_norm: PositiveFloat | None = 1.0
     """Gradients are scaled down to this global norm; null leaves them."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Of the data order, the adapters' start, and dropout."""
+    """Of the adapters' start and dropout, and of the data where ``data.seed`` is null."""
     log_every: Positive = 1
     """Steps between rows of metrics.jsonl."""
     eval_every: Count = 0
@@ -213,6 +216,11 @@ class RunConfig:
     """Answers for the report."""
     output: OutputConfig
     """Where the run is kept."""
+
+    @property
+    def data_seed(self) -> int:
+        """What the data are ordered and split by, and a fresh head is drawn by."""
+        return self.train.seed if self.data.seed is None else self.data.seed
 
     def __post_init__(self) -> None:
         factors = self.train.freeze_a or self.train.lora_plus_ratio is not None

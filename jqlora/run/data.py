@@ -46,7 +46,7 @@ def read_records_of(config: RunConfig, tokenizer) -> RunData:
     measured: dict[str, Sequence[Record]] = {}
     if config.data.heldout_share is not None:
         records, measured["heldout"] = hold_out(
-            records, config.data.heldout_share, seed=config.train.seed
+            records, config.data.heldout_share, seed=config.data_seed
         )
     elif config.data.heldout is not None:
         measured["heldout"] = read_records(config.data.heldout)
@@ -60,7 +60,7 @@ def read_records_of(config: RunConfig, tokenizer) -> RunData:
         length=config.data.length,
         batch_size=config.train.batch_size,
         packing=_packing(config),
-        seed=config.train.seed,
+        seed=config.data_seed,
         epochs=config.train.epochs,
         steps=config.train.steps,
     )

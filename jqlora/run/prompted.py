@@ -46,7 +46,7 @@ def read_prompted(
         examples,
         batch_size=train.batch_size,
         packing=False,
-        seed=train.seed,
+        seed=config.data_seed,
         epochs=train.epochs,
         steps=train.steps,
     )

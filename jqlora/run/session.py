@@ -93,7 +93,7 @@ def open_base(config: RunConfig, prepared: Prepared, say: Say) -> Base:
     with LoadingBar(config.model.source, say) as bar:
         model, params = load(
             config.model.source,
-            seed=config.train.seed,
+            seed=config.data_seed,
             cache=keep(config.model.cache, say),
             progress=bar,
             **chosen.loading,

@@ -79,11 +79,11 @@ def prepare_all(configs: Mapping[str, RunConfig], say: Say) -> dict[str, Prepare
     """All that can fail early, of every member; records are read once for each seed."""
     first, *others = configs
     found = {first: prepare(configs[first], say)}
-    data = {configs[first].train.seed: found[first].data}
+    data = {configs[first].data_seed: found[first].data}
     say(f"{len(configs)} members on one base: {', '.join(configs)}")
     for name in others:
         config = configs[name]
-        sizes, seed = plan_run(config), config.train.seed
+        sizes, seed = plan_run(config), config.data_seed
         if seed not in data:
             data[seed] = read_records_of(config, found[first].tokenizer)
         check_warmup(config, data[seed].loader)
@@ -129,6 +129,7 @@ def _train(
             accumulate=config.train.accumulate,
             loss=loss_for(base.model),
             one_batch=batches.one,
+            say=say,
         ),
         batches=batches,
         lost=lambda name: functools.partial(_set_aside, name, say),

@@ -44,7 +44,7 @@ def read_task(config: RunConfig, tokenizer: Any, model: Any) -> RunData:
     loader = training_batches(
         features,
         reading.collate(train.batch_size),
-        seed=train.seed,
+        seed=config.data_seed,
         epochs=train.epochs,
         steps=train.steps,
         draw=reading.draw(),

@@ -38,8 +38,8 @@ class PlacedStep:
         self._device_bytes = device_bytes
         self._say = log.info if say is None else say
 
-    def __call__(self, state: TrainState, *rest: Any) -> Any:
-        if is_undecided(state.opt_state):
+    def __call__(self, state: PyTree, *rest: Any) -> Any:
+        if is_undecided(state):
             limit = device_limit() if self._device_bytes is None else self._device_bytes
             state = place(self._jitted, state, *rest, limit=limit, say=self._say)
         return self._jitted(state, *rest)
@@ -48,14 +48,15 @@ class PlacedStep:
         return getattr(self._jitted, name)
 
 
-def place(jitted: Any, state: TrainState, *rest: Any, limit: int | None, say: Say) -> TrainState:
-    """``state`` with as much of the optimizer's on the device as ``limit`` bytes have room for.
+def place(jitted: Any, state: PyTree, *rest: Any, limit: int | None, say: Say) -> Any:
+    """``state``, of one adapter or of several, with as much of the optimizers' on the device as
+    ``limit`` bytes have room for.
 
     ``say`` hears what was decided. With ``limit=None`` all of it stays, as nothing is known.
     """
-    away = [leaf for leaf in jax.tree.leaves(state.opt_state) if on_host(leaf)]
+    away = [leaf for leaf in jax.tree.leaves(state) if on_host(leaf)]
     total = sum(bytes_a_device(leaf) for leaf in away)
-    state = _with(state, decided(state.opt_state))
+    state = decided(state)
     if limit is None:
         say("optimizer state: stays on the device, which does not tell how much memory it has")
         return _moved(state, {id(leaf) for leaf in away})
@@ -138,14 +139,10 @@ def _where(there: int, total: int) -> str:
     return f"{readable_bytes(there)} on the device, {away}" if there else away
 
 
-def _moved(state: TrainState, staying: set[int]) -> TrainState:
+def _moved(state: PyTree, staying: set[int]) -> PyTree:
     """The arrays with these ids on the device; all else where it is."""
 
     def move(leaf: Any) -> Any:
         return jax.device_put(leaf, DEVICE) if id(leaf) in staying else leaf
 
-    return _with(state, jax.tree.map(move, state.opt_state))
-
-
-def _with(state: TrainState, opt_state: PyTree) -> TrainState:
-    return TrainState(state.step, state.adapters, opt_state, state.key)
+    return jax.tree.map(move, state)

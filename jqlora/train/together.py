@@ -23,6 +23,7 @@ from jqlora.graft import CONSTANTS
 from jqlora.stacking import common_plan, constants, crop, side_by_side
 from jqlora.train.gradients import Loss, Summed, summed_gradients
 from jqlora.train.loss import Batch, causal_lm_loss
+from jqlora.train.placement import PlacedStep
 from jqlora.train.state import TrainState
 from jqlora.train.step import Metrics, step_key, update
 from jqlora.types import Params
@@ -50,14 +51,16 @@ def make_joint_step(
     accumulate: int = 1,
     loss: Loss = causal_lm_loss,
     one_batch: bool = True,
+    device_bytes: int | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> JointStep:
     """A jitted ``step(state, params, batch) -> (state, metrics)`` that donates ``state``.
 
-    ``applies`` are ``jq.bind`` of one model with each member's plan, ``optimizers`` one for each;
-    an optimizer's state stays where it is (``offload="auto"`` is not decided here). Where
-    ``one_batch``, all members learn from the same batch, as for ``make_train_step``; else its
-    leaves have the members on a first axis. ``metrics`` are those of ``make_train_step``, one
-    mapping for each member.
+    ``applies`` are ``jq.bind`` of one model with each member's plan, ``optimizers`` one for each.
+    What they leave open (``offload="auto"``) is decided for all at once, at the first call, with
+    ``device_bytes`` and ``say`` as for ``make_train_step``. Where ``one_batch``, all members learn
+    from the same batch, as for ``make_train_step``; else its leaves have the members on a first
+    axis. ``metrics`` are those of ``make_train_step``, one mapping for each member.
 
     Raises :class:`~jqlora.errors.UnsupportedSite` for plans that do not stack.
     """
@@ -85,4 +88,5 @@ def make_joint_step(
         states, metrics = zip(*done, strict=True)
         return Together(states), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    jitted = jax.jit(step, donate_argnums=0)
+    return PlacedStep(jitted, device_bytes=device_bytes, say=say)

@@ -10,6 +10,8 @@ import pytest
 
 import jqlora as jq
 from jqlora import optim
+from jqlora.optim.offload import offload
+from jqlora.optim.residence import is_undecided, marked, residence
 from jqlora.train.together import Together, make_joint_step
 from tests import toy_models
 
@@ -87,6 +89,18 @@ def test_each_member_is_left_with_the_state_of_its_own_steps(params, members):
             jax.tree.leaves(state.members[n].adapters), jax.tree.leaves(alone.adapters), strict=True
         ):
             np.testing.assert_allclose(found, expected, atol=ROUNDING * np.abs(expected).max())
+
+
+def test_what_optimizers_leave_open_is_decided_for_all_at_once(params, members):
+    apply, said = members[0][0], []
+    tx = optax.chain(offload(optax.scale_by_adam(), smallest=9), marked(open=True))
+    step = make_joint_step([apply, apply], [tx, tx], loss=loss, device_bytes=1000, say=said.append)
+    state = Together(tuple(fresh([(apply, tx)] * 2)))
+    assert is_undecided(state)
+    state, _ = step(state, params, batch(0))
+    assert not is_undecided(state)
+    assert residence(state.members[0]).host == residence(state.members[1]).host > 0
+    assert ["in host memory" in line for line in said] == [True]
 
 
 def test_codes_are_decoded_once_for_all_members(params, members):
