@@ -13,6 +13,7 @@ import itertools
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -25,12 +26,37 @@ def getkey():
     return lambda: jax.random.key(next(counter))
 
 
+def configured(**options):
+    """Set options of JAX until this generator goes on; what they decide is decided anew."""
+    before = {name: jax.config.values[name] for name in options}
+    for values in (options, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is options:
+            yield
+
+
 @pytest.fixture(scope="module")
 def compile_quickly():
     """For programs that run but briefly: optimizing them costs more than it gains.
 
     Not for tests that hang on the last bit, or on what a compiled program looks like.
     """
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    yield from configured(jax_disable_most_optimizations=True)
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory):
+    """Where compiled programs are kept, of this process alone: they are not written at one blow."""
+    return tmp_path_factory.mktemp("programs")
+
+
+@pytest.fixture(scope="module")
+def keep_programs(programs):
+    """For runs of programs that other tests run as well: each is compiled but once."""
+    yield from configured(
+        jax_compilation_cache_dir=str(programs),
+        jax_persistent_cache_min_compile_time_secs=0.0,
+        jax_persistent_cache_min_entry_size_bytes=-1,
+    )

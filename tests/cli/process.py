@@ -1,4 +1,7 @@
-"""The command in a process of its own, with compiled programs shared between processes."""
+"""The command in a process of its own, with compiled programs shared between processes.
+
+They run but briefly: optimizing them would cost more than it gained.
+"""
 
 import os
 import subprocess
@@ -9,6 +12,7 @@ from pathlib import Path
 def start(*words: object, cache: Path) -> subprocess.Popen:
     """``jqlora *words``, begun; what it says on stderr can be read."""
     environment = os.environ | {
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

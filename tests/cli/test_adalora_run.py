@@ -16,6 +16,8 @@ from jqlora.run import plan_run, train
 from jqlora.train.metrics import read_metrics
 from jqlora.train.rank_plots import rank_table
 
+pytestmark = pytest.mark.usefixtures("compile_quickly", "keep_programs")
+
 METHOD = AdaLoRAConfig(
     init_rank=4,
     target_rank=2,

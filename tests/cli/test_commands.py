@@ -12,6 +12,8 @@ import pytest
 import jqlora
 from jqlora.cli import COMMANDS, main
 
+pytestmark = pytest.mark.usefixtures("compile_quickly", "keep_programs")
+
 
 @pytest.mark.parametrize("name", [None, *COMMANDS])
 def test_help_explains_itself_with_examples(name, capsys):

@@ -3,12 +3,13 @@
 import json
 import shutil
 
-import jax
 import pytest
 
 from jqlora.cli import main
 from jqlora.train.metrics import WALL_CLOCK, read_metrics
 from tests.toy_checkpoint import write_config, write_model
+
+pytestmark = pytest.mark.usefixtures("compile_quickly", "keep_programs")
 
 WIDTH, LAYERS, RANK = 512, 2, 128
 MOVED = 2 * 2 * LAYERS * WIDTH * RANK  # both moments of both factors, a byte an element
@@ -25,14 +26,6 @@ SETTINGS = {
     "train.offload": "all",
     "sample.prompts": [],
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    """Programs this small run but briefly: optimizing them costs more than it gains."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,14 @@
 
 import argparse
 
-import jax
 import pytest
 from tokenizers import processors
 
 from jqlora.cli import main
 from jqlora.cli.generate import prompt_ids
 from tests.toy_checkpoint import toy_tokenizer, write_model
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 T5 = {
     "model_type": "t5",
@@ -19,13 +20,6 @@ T5 = {
     "pad_token_id": 0,
     "decoder_start_token_id": 0,
 }
-
-
-@pytest.fixture(autouse=True)
-def _compile_quickly():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def test_generate_reads_the_prompt_with_the_ends_that_the_tokenizer_gives_it(tmp_path, capsys):

@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -12,6 +11,8 @@ from jqlora.config import read_config
 from jqlora.run import train
 from jqlora.train.metrics import read_metrics
 from tests.toy_checkpoint import write_model, write_records
+
+pytestmark = pytest.mark.usefixtures("compile_quickly", "keep_programs")
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
@@ -43,14 +44,6 @@ def in_four_bits(weight):
 
 
 KINDS = {"gptq": (GPTQ, in_four_bits), "int8": (INT8, in_eight_bits)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-    """Programs this small run but once or twice: optimizing them costs more than it gains."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(params=KINDS)

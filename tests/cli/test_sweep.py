@@ -5,7 +5,6 @@ import json
 import os
 import signal
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -15,6 +14,8 @@ from jqlora.cli.generate import assigned
 from jqlora.train.joint_batches import JointBatches
 from jqlora.train.metrics import WALL_CLOCK, read_metrics
 from tests.toy_checkpoint import STEPS
+
+pytestmark = pytest.mark.usefixtures("compile_quickly", "keep_programs")
 
 TOLERANCE = 2e-4
 """Of the largest number of a tensor, after STEPS updates of Adam in another order of additions."""
@@ -37,13 +38,11 @@ def swept(toy, tmp_path_factory):
 
     words = ["sweep", str(toy / "config.yaml"), f"output.directory={folder}", "train.save_every=0"]
     words += ["data.general=null", "sample.prompts=[]", "--vary", "method.rank=2,4"]
-    jax.config.update("jax_disable_most_optimizations", True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JointBatches, "__next__", interrupted)
         assert main(words) == 128 + signal.SIGTERM
     assert not (folder / "summary.json").exists()
     assert main(["resume", str(folder)]) == 0
-    jax.config.update("jax_disable_most_optimizations", False)
     return folder
 
 

@@ -5,10 +5,8 @@ import os
 import re
 import signal
 
-import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from jqlora.cli import main
 from jqlora.config import read_config
@@ -26,6 +24,8 @@ from tests.toy_encoder import (
     write_t5,
 )
 
+pytestmark = pytest.mark.usefixtures("compile_quickly", "keep_programs")
+
 CONFIG = """
 model: {{source: {folder}/model, remat: none}}
 method: {{rank: 8, alpha: 8}}
@@ -34,23 +34,6 @@ train: {{steps: 120, batch_size: 16, lr: 1.0e-2, warmup: 8, eval_every: 60, save
 output: {{directory: {folder}/run}}
 """
 SILENT = {"say": lambda text: None}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly(cache):
-    """Programs this small run but briefly, so they are not optimized; and runs of one program find
-    what the first of them compiled."""
-    settings = {
-        "jax_disable_most_optimizations": (True, False),
-        "jax_compilation_cache_dir": (str(cache), None),
-        "jax_persistent_cache_min_compile_time_secs": (0.0, 1.0),
-    }
-    for at in range(2):
-        for name, values in settings.items():
-            jax.config.update(name, values[at])
-        compilation_cache.reset_cache()
-        if at == 0:
-            yield
 
 
 @pytest.fixture(scope="module")

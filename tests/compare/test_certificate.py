@@ -10,24 +10,11 @@ import pytest
 
 from jqlora.cli import main
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and PEFT
+pytestmark = [
+    pytest.mark.usefixtures("compile_quickly", "keep_programs"),
+    pytest.mark.filterwarnings("ignore"),  # of transformers and PEFT
+]
 SMALL = ["--steps", "2", "--batch", "2", "--length", "10", "--rank", "2"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly(tmp_path_factory):
-    """Programs this small run but briefly: optimizing them costs more than it gains, and two tests
-    run the same ones."""
-    options = {
-        "jax_disable_most_optimizations": (True, False),
-        "jax_compilation_cache_dir": (str(tmp_path_factory.mktemp("programs")), None),
-        "jax_persistent_cache_min_compile_time_secs": (0.0, 1.0),
-    }
-    for name, (value, _) in options.items():
-        jax.config.update(name, value)
-    yield
-    for name, (_, value) in options.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")

@@ -58,14 +58,6 @@ def file(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def quick_compilation():
-    """For programs of which no byte is compared."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def steps(file):
     """The memory of a config's step by its words, each compiled once."""
@@ -152,7 +144,7 @@ def test_there_is_no_gpu_here(file, capsys):
 
 
 def test_the_step_of_a_task_is_compiled_for_a_device_that_is_present(
-    file, tmp_path, quick_compilation
+    file, tmp_path, compile_quickly
 ):
     words = {
         "data.task": "sst2",
