@@ -184,12 +184,10 @@ def constants(placement: Placement) -> dict[str, Any]:
 def effect(
     x: jax.Array, y: jax.Array, leaves: Leaves, placement: Placement, key: jax.Array | None
 ) -> jax.Array:
-    """y + s · (x PΛ) Q in y's dtype; PΛ is taken in fp32, the products in y's dtype with fp32
-    accumulation."""
+    """y + s · (x PΛ) Q, in y's dtype, in which the products are taken with fp32 accumulation;
+    PΛ is taken in fp32."""
     p, lam = (leaves[name].astype(jnp.float32) for name in ("p", "lam"))
-    weighted = (p * lam).astype(y.dtype)
-    q = leaves["q"].astype(y.dtype)
-    return add_low_rank(x, y, weighted, q, leaves, placement, key)
+    return add_low_rank(x, y, p * lam, leaves["q"], leaves, placement, key)
 
 
 def delta(leaves: Leaves, placement: Placement) -> jax.Array:

@@ -175,9 +175,8 @@ def constants(placement: Placement) -> dict[str, Any]:
 def effect(
     x: jax.Array, y: jax.Array, leaves: Leaves, placement: Placement, key: jax.Array | None
 ) -> jax.Array:
-    """y + s · (x a) b in y's dtype; the products take y's dtype and accumulate in fp32."""
-    a, b = leaves["a"].astype(y.dtype), leaves["b"].astype(y.dtype)
-    return add_low_rank(x, y, a, b, leaves, placement, key)
+    """y + s · (x a) b, in y's dtype, in which the products are taken with fp32 accumulation."""
+    return add_low_rank(x, y, leaves["a"], leaves["b"], leaves, placement, key)
 
 
 def delta(leaves: Leaves, placement: Placement) -> jax.Array:

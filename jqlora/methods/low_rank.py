@@ -19,25 +19,26 @@ from jqlora.methods.base import Leaves, Placement
 
 @jax.custom_vjp
 def low_rank(x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
-    """``x`` [M, K], ``a`` [K, R], ``b`` [R, N] of one dtype, ``scale`` fp32 []: [M, N] in it.
+    """``scale · (x a) b``, [M, N] in the dtype of ``x`` [M, K].
 
-    Products accumulate in fp32 and are rounded to that dtype. ``scale`` is a constant: its
-    cotangent is zero.
+    ``a`` [K, R] and ``b`` [R, N] are multiplied in that dtype, and products accumulate in fp32; the
+    gradients of ``a`` and ``b``, which are sums over all tokens, are rounded to their own dtype
+    only. ``scale``, fp32 [], is a constant: its cotangent is zero.
     """
     return forward(x, a, b, scale)[0]
 
 
 def forward(x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array):
     """The product, and what its gradient needs."""
-    h = (contract(x, a, 1, 0) * scale).astype(x.dtype)
-    return contract(h, b, 1, 0).astype(x.dtype), (x, a, b, h, scale)
+    h = (contract(x, a.astype(x.dtype), 1, 0) * scale).astype(x.dtype)
+    return contract(h, b.astype(x.dtype), 1, 0).astype(x.dtype), (x, a, b, h, scale)
 
 
 def backward(residuals, g: jax.Array):
     """Cotangents of ``x``, ``a`` and ``b``."""
     x, a, b, h, scale = residuals
-    gh = (contract(g, b, 1, 1) * scale).astype(x.dtype)
-    dx = contract(gh, a, 1, 1).astype(x.dtype)
+    gh = (contract(g, b.astype(g.dtype), 1, 1) * scale).astype(x.dtype)
+    dx = contract(gh, a.astype(x.dtype), 1, 1).astype(x.dtype)
     da = contract(gh, x, 0, 0).T.astype(a.dtype)
     db = contract(h, g, 0, 0).astype(b.dtype)
     return dx, da, db, jnp.zeros_like(scale)
@@ -62,20 +63,22 @@ def add_low_rank(
 ) -> jax.Array:
     """``y + scale · (x a) b`` for one layer of a site; a row of ``a`` per token in an embedding.
 
-    ``x`` and ``y`` are the module's input and output, ``a`` and ``b`` have y's dtype; ``leaves``
-    hold :func:`low_rank_constants`. ``key`` is for the dropout of x, which embeddings have none of;
+    ``x`` and ``y`` are the module's input and output; ``leaves`` hold :func:`low_rank_constants`.
+    The products take y's dtype. ``key`` is for the dropout of x, which embeddings have none of;
     None is none.
     """
     scale = leaves["scale"]
     if placement.site.kind == "embed":
         h = jnp.take(a, x, axis=0).astype(jnp.float32) * scale
-        return y + h.astype(y.dtype) @ b
+        return y + h.astype(y.dtype) @ b.astype(y.dtype)
     x = x.astype(y.dtype)
     if key is not None and "dropout" in leaves:
         share = 1.0 - leaves["dropout"]
         keep = jax.random.bernoulli(key, share, x.shape)
         x = jnp.where(keep, x / share.astype(x.dtype), jnp.zeros((), x.dtype))
     tokens = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    # rounded before it is added: so XLA's GPU compiler adds y in the product's own kernel, where a
+    # sum in fp32 would be written out twice as wide
     return y + low_rank(tokens, a, b, scale).reshape(y.shape)
 
 

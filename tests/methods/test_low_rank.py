@@ -14,11 +14,18 @@ def definition(x, a, b, scale):
     return scale * ((x @ a) @ b)
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [(jnp.float32, 1e-5), (jnp.bfloat16, 3e-2)])
-def test_values_and_gradients_are_those_of_the_definition(dtype, limit, getkey):
+@pytest.mark.parametrize(
+    ("dtype", "stored", "limit"),
+    [
+        (jnp.float32, jnp.float32, 1e-5),
+        (jnp.bfloat16, jnp.float32, 3e-2),
+        (jnp.bfloat16, jnp.bfloat16, 3e-2),
+    ],
+)
+def test_values_and_gradients_are_those_of_the_definition(dtype, stored, limit, getkey):
     x = jax.random.normal(getkey(), (12, 40), dtype)
-    a = jax.random.normal(getkey(), (40, 3), dtype)
-    b = jax.random.normal(getkey(), (3, 24), dtype)
+    a = jax.random.normal(getkey(), (40, 3), stored)
+    b = jax.random.normal(getkey(), (3, 24), stored)
     scale = jnp.float32(0.7)
     weights = jax.random.normal(getkey(), (12, 24))
 
@@ -34,10 +41,21 @@ def test_values_and_gradients_are_those_of_the_definition(dtype, limit, getkey):
     ours = jax.grad(total(low_rank), (0, 1, 2))(x, a, b)
     theirs = jax.grad(total(definition), (0, 1, 2))(x, a, b)
     for mine, reference in zip(ours, theirs, strict=True):
-        assert mine.dtype == dtype
+        assert mine.dtype == reference.dtype
         reference = reference.astype(jnp.float32)
         error = jnp.abs(mine.astype(jnp.float32) - reference).max()
         assert float(error) <= limit * float(jnp.abs(reference).max())
+
+
+def test_gradients_of_fp32_adapters_are_not_rounded_to_the_dtype_of_the_products(getkey):
+    x = jax.random.normal(getkey(), (12, 40), jnp.bfloat16)
+    a, b = jax.random.normal(getkey(), (40, 3)), jax.random.normal(getkey(), (3, 24))
+
+    def total(a, b):
+        return low_rank(x, a, b, jnp.float32(1.0)).astype(jnp.float32).sum()
+
+    for gradient in jax.grad(total, (0, 1))(a, b):
+        assert (gradient != gradient.astype(jnp.bfloat16).astype(jnp.float32)).any()
 
 
 def test_no_activation_is_transposed_in_the_gradient(getkey):
