@@ -15,11 +15,14 @@ budgets, or, where fp32 itself does no better, no further away than twice what t
 **bf16.** A rounding is 4e-3, two computations that are both right differ by much more than that
 after some layers, and by how much depends on the checkpoint: no fixed number is both safe and
 sharp. So each side is held to the exact result, that is, the same bf16 weights computed by
-transformers in fp32, and ours may lie no further from it than theirs does. Errors are root mean
+transformers in fp32, and ours may lie no further from it than theirs does, which runs under
+autocast, as ``transformers.Trainer`` does with ``bf16``. Errors are root mean
 squares of the distance, as multiples of theirs (where theirs is below one rounding of the result,
-of that). A quarter more is allowed for chance in states, logits and the whole trained adapter,
-which are thousands of numbers; a factor of two, one bit, in losses and single leaves of the
-gradient, which are few.
+of that). A quarter more is allowed for chance in states, logits, all gradients together and the
+whole trained adapter, which are thousands of numbers; a factor of two, one bit, in losses and
+single leaves of the gradient, which are few. A leaf that few tokens reach, as those behind the one
+token that is classified, sums so few roundings that theirs may cancel by luck; so a leaf is held
+against the root mean square of their distance over all leaves where its own is smaller.
 
 The leaves of the trained adapter are not judged one by one: AdamW divides each entry by its size,
 so entries whose gradient vanishes go where rounding sends them, on either side. Files are compared
@@ -28,7 +31,15 @@ bit for bit.
 
 from typing import Literal, NamedTuple
 
-Quantity = Literal["hidden states", "logits", "loss", "gradients", "loss curve", "adapters"]
+Quantity = Literal[
+    "hidden states",
+    "logits",
+    "loss",
+    "gradients",
+    "gradients together",
+    "loss curve",
+    "adapters",
+]
 EXACT = 0.0
 ROUNDING = 2.0**-8
 """Largest relative error of rounding to bf16, which keeps eight significant bits."""
@@ -73,10 +84,12 @@ BUDGETS = {
             "logits": 1.25,
             "loss": 2.0,
             "gradients": 2.0,
+            "gradients together": 1.25,
             "loss curve": 2.0,
             "adapters": 1.25,
         },
-        "root mean square of our distance from fp32 on the same weights, as a multiple of theirs",
+        "root mean square of our distance from fp32 on the same weights, as a multiple of that of "
+        "transformers and PEFT under autocast",
         calibrated=True,
         wider="float32",
     ),

@@ -136,17 +136,42 @@ def _with_gradient(gradients: Arrays) -> list[str]:
 def _gradients(
     ours: Arrays, theirs: Arrays, exact: Arrays | None, budgets: Budgets
 ) -> list[Measurement]:
-    """Leaf by leaf; one that is only rounding is held against the largest entry of all."""
+    """Leaf by leaf, and in bf16 together; a leaf that is only rounding is held against the largest
+    entry of all."""
     top = max(_largest(leaf) for leaf in theirs.values())
-    moved = set(_with_gradient(theirs if exact is None else exact))
+    moved = _with_gradient(theirs if exact is None else exact)
+    usual = 0.0 if exact is None else _rms(_distances(theirs, exact, moved))
     made = []
     for name, found in theirs.items():
         reference = None if exact is None else exact[name]
         floor = 0.0 if name in moved else top
         span = max(_largest(found), floor)
         arrays = (ours[name], found, reference)
-        made.append(_measured("gradients", name, *arrays, span, budgets, floor=floor))
+        made.append(_measured("gradients", name, *arrays, span, budgets, floor=floor, usual=usual))
+    if exact is not None and budgets.calibrated:
+        limit = budgets.limits["gradients together"]
+        made.append(_together(moved, ours, theirs, exact, limit))
     return made
+
+
+def _together(names: list[str], ours: Arrays, theirs: Arrays, exact: Arrays, limit: float) -> Any:
+    """Root mean squares over the leaves of both sides' relative distances."""
+    mine, found = (_rms(_distances(side, exact, names)) for side in (ours, theirs))
+    largest = max(_largest(ours[name] - theirs[name]) for name in names)
+    return Measurement(
+        "gradients together",
+        f"all {len(names)} leaves that have a gradient",
+        largest,
+        _rms(_distances(ours, theirs, names)),
+        _ratio(mine, max(found, ROUNDING)),
+        limit,
+    )
+
+
+def _distances(found: Arrays, reference: Arrays, names: list[str]) -> np.ndarray:
+    """Of every leaf the root mean square of its distance, relative to its own."""
+    pairs = ((np.asarray(found[n], np.float64), reference[n]) for n in names)
+    return np.array([_ratio(_rms(leaf - true), _rms(true)) for leaf, true in pairs])
 
 
 def _adapters(
@@ -170,9 +195,11 @@ def _measured(
     *,
     whole: bool = False,
     floor: float = 0.0,
+    usual: float = 0.0,
 ) -> Measurement:
     """``whole``: fp32 is judged by root mean squares instead of by the largest difference.
-    ``floor`` is the least size whose rounding counts."""
+    ``floor`` is the least size whose rounding counts, ``usual`` their relative distance from the
+    exact result in things like this one."""
     if ours.shape != theirs.shape:
         raise ValueError(f"{quantity}, {name}: shape {ours.shape} here, {theirs.shape} there")
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
@@ -183,7 +210,7 @@ def _measured(
     if exact is not None:
         exact = np.asarray(exact, np.float64)
         if budgets.calibrated:
-            noise = max(_rms(theirs - exact), ROUNDING * max(_rms(exact), floor))
+            noise = max(_rms(theirs - exact), max(ROUNDING, usual) * max(_rms(exact), floor))
             error = _ratio(_rms(ours - exact), noise)
         else:
             error = _ratio(size(ours - exact), scale)

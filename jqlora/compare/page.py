@@ -23,6 +23,7 @@ TITLES = {
     "logits": "Logits",
     "loss": "Loss",
     "gradients": "Gradients of the adapter, last layer first",
+    "gradients together": "Gradients together",
     "loss curve": "Losses while training",
     "adapters": "Adapter after training",
     "files": "Files",

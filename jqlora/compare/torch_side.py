@@ -133,8 +133,14 @@ class _Exactly(TorchDispatchMode):
 
 
 def _precision_of(model: Any) -> contextlib.AbstractContextManager:
-    wide = any(parameter.dtype == torch.float64 for parameter in model.parameters())
-    return _Exactly() if wide else contextlib.nullcontext()
+    """How a model of its dtype is run: a bf16 one as ``transformers.Trainer`` does with ``bf16``,
+    where autocast takes the products with fp32 adapters in bf16 too."""
+    found = {parameter.dtype for parameter in model.parameters()}
+    if torch.float64 in found:
+        return _Exactly()
+    if torch.bfloat16 in found:
+        return torch.autocast("cpu", torch.bfloat16)
+    return contextlib.nullcontext()
 
 
 def _decoded(module: Any) -> Any:

@@ -101,6 +101,30 @@ def test_an_encoder_passes_in_bf16_where_the_other_sides_own_error_is_the_budget
 
 
 @pytest.mark.parity
+def test_a_bf16_base_is_run_as_its_trainer_runs_it_under_autocast(toy):
+    pytest.importorskip("bitsandbytes")
+    import torch
+
+    from jqlora.compare import torch_side
+    from jqlora.compare.inputs import make_inputs
+    from jqlora.compare.observation import Recipe
+    from jqlora.io import describe
+    from jqlora.io.source import resolve
+
+    source, seen = resolve(str(toy / "model")), set()
+    model, _ = describe(source)
+    base = torch_side.open_base(source, model.task, "bfloat16")
+    adapted = torch_side.adapted(base, toy / "adapter")
+    for name, module in adapted.named_modules():
+        if name.endswith(("lora_A.default", "lora_B.default")):
+            assert module.weight.dtype == torch.float32
+            module.register_forward_hook(lambda module, x, y: seen.add(y.dtype))
+    batches = make_inputs(model, None, rows=2, length=10).batches
+    torch_side.observe(adapted, batches, Recipe(steps=1))
+    assert seen == {torch.bfloat16}
+
+
+@pytest.mark.parity
 def test_the_exact_result_is_nowhere_rounded_to_fp32(toy):
     pytest.importorskip("bitsandbytes")
     from jqlora.compare import torch_side
