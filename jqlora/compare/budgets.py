@@ -22,7 +22,8 @@ of that). A quarter more is allowed for chance in states, logits, all gradients 
 whole trained adapter, which are thousands of numbers; a factor of two, one bit, in losses and
 single leaves of the gradient, which are few. A leaf that few tokens reach, as those behind the one
 token that is classified, sums so few roundings that theirs may cancel by luck; so a leaf is held
-against the root mean square of their distance over all leaves where its own is smaller.
+against the root mean square of their distance over all leaves where its own is smaller. Logits that
+are few, as those of a regression, are judged as such a leaf, with the distance of the last states.
 
 The leaves of the trained adapter are not judged one by one: AdamW divides each entry by its size,
 so entries whose gradient vanishes go where rounding sends them, on either side. Files are compared
@@ -46,6 +47,9 @@ ROUNDING = 2.0**-8
 NO_FURTHER = 2.0
 """How many times as far as theirs in fp32 ours may be from the exact result: one bit, for chance.
 """
+
+FEW = 256
+"""Numbers below which chance decides by more than a quarter."""
 
 
 class Budgets(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jqlora.compare.budgets import BUDGETS, EXACT, NO_FURTHER, ROUNDING, Budgets, Quantity
+from jqlora.compare.budgets import BUDGETS, EXACT, FEW, NO_FURTHER, ROUNDING, Budgets, Quantity
 from jqlora.compare.observation import Arrays, Observation
 
 FILES = "files"
@@ -57,9 +57,7 @@ def measure(
     if budgets.calibrated and exact is None:
         raise ValueError(f"the budgets of {dtype} need the exact result")
     made = list(_hidden(ours, theirs, exact, budgets, stacks))
-    for name, found in theirs.logits.items():
-        reference = None if exact is None else exact.logits[name]
-        made.append(_array("logits", name, ours.logits[name], found, reference, budgets))
+    made += _logits(ours, theirs, exact, budgets)
     curves = (ours.losses, theirs.losses, None if exact is None else exact.losses)
     a, b, c = (curve and curve[:1] for curve in curves)
     made.append(_losses("loss", "of the first batch", a, b, c, budgets))
@@ -119,11 +117,33 @@ def _hidden(
             yield _array("hidden states", name, mine[i], states[i], reference, budgets)
 
 
+def _logits(
+    ours: Observation, theirs: Observation, exact: Observation | None, budgets: Budgets
+) -> Any:
+    for name, found in theirs.logits.items():
+        reference = usual = None
+        if exact is not None:
+            reference = exact.logits[name]
+            last = (
+                (states[-1], exact.hidden[field][-1]) for field, states in theirs.hidden.items()
+            )
+            usual = max(_off(*pair) for pair in last) if found.size < FEW else None
+        yield _array("logits", name, ours.logits[name], found, reference, budgets, usual=usual)
+
+
 def _array(
-    quantity: Quantity, name: str, ours: Any, theirs: Any, exact: Any, budgets: Budgets
+    quantity: Quantity,
+    name: str,
+    ours: Any,
+    theirs: Any,
+    exact: Any,
+    budgets: Budgets,
+    *,
+    usual: float | None = None,
 ) -> Measurement:
+    """``usual`` is for an array of few numbers: what :func:`_measured` takes it for."""
     span = float(theirs.max() - theirs.min())
-    return _measured(quantity, name, ours, theirs, exact, span, budgets)
+    return _measured(quantity, name, ours, theirs, exact, span, budgets, usual=usual)
 
 
 def _with_gradient(gradients: Arrays) -> list[str]:
@@ -140,7 +160,7 @@ def _gradients(
     entry of all."""
     top = max(_largest(leaf) for leaf in theirs.values())
     moved = _with_gradient(theirs if exact is None else exact)
-    usual = 0.0 if exact is None else _rms(_distances(theirs, exact, moved))
+    usual = None if exact is None else _rms(_distances(theirs, exact, moved))
     made = []
     for name, found in theirs.items():
         reference = None if exact is None else exact[name]
@@ -170,8 +190,12 @@ def _together(names: list[str], ours: Arrays, theirs: Arrays, exact: Arrays, lim
 
 def _distances(found: Arrays, reference: Arrays, names: list[str]) -> np.ndarray:
     """Of every leaf the root mean square of its distance, relative to its own."""
-    pairs = ((np.asarray(found[n], np.float64), reference[n]) for n in names)
-    return np.array([_ratio(_rms(leaf - true), _rms(true)) for leaf, true in pairs])
+    return np.array([_off(found[name], reference[name]) for name in names])
+
+
+def _off(found: np.ndarray, true: np.ndarray) -> float:
+    """Root mean square of the distance, relative to that of ``true``."""
+    return _ratio(_rms(np.asarray(found, np.float64) - true), _rms(true))
 
 
 def _adapters(
@@ -195,11 +219,11 @@ def _measured(
     *,
     whole: bool = False,
     floor: float = 0.0,
-    usual: float = 0.0,
+    usual: float | None = None,
 ) -> Measurement:
     """``whole``: fp32 is judged by root mean squares instead of by the largest difference.
-    ``floor`` is the least size whose rounding counts, ``usual`` their relative distance from the
-    exact result in things like this one."""
+    ``floor`` is the least size whose rounding counts. In bf16, ``usual`` says that these are few
+    numbers, and their side's relative distance from the exact result in others like them."""
     if ours.shape != theirs.shape:
         raise ValueError(f"{quantity}, {name}: shape {ours.shape} here, {theirs.shape} there")
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
@@ -210,7 +234,9 @@ def _measured(
     if exact is not None:
         exact = np.asarray(exact, np.float64)
         if budgets.calibrated:
-            noise = max(_rms(theirs - exact), max(ROUNDING, usual) * max(_rms(exact), floor))
+            share = max(ROUNDING, usual or 0.0)
+            noise = max(_rms(theirs - exact), share * max(_rms(exact), floor))
+            limit = limit if usual is None else budgets.limits["gradients"]
             error = _ratio(_rms(ours - exact), noise)
         else:
             error = _ratio(size(ours - exact), scale)
