@@ -158,6 +158,23 @@ def test_peft_and_this_compute_the_same_from_each_others_files(
     assert_same_logits(torch_logits(again.eval()), expected)
 
 
+def test_adapters_in_bfloat16_are_the_same_on_both_sides(checkpoints, tmp_path):
+    theirs = torch_adapted(checkpoints["llama"], CASES["q and v"])
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    theirs.save_pretrained(tmp_path / "theirs")
+    model, params = load(checkpoints["llama"])
+    ours, adapters = load_adapter(tmp_path / "theirs", model, params, dtype="bfloat16")
+    save_adapter(tmp_path / "ours", ours, adapters, model=model)
+    again = peft.PeftModel.from_pretrained(torch_base(checkpoints["llama"]), tmp_path / "ours")
+    loaded = peft.get_peft_model_state_dict(again)
+    for name, tensor in peft.get_peft_model_state_dict(theirs).items():
+        assert torch.equal(loaded[name], tensor.float()), name
+    found = logits(model, ours, params, adapters)
+    assert_same_logits(found, torch_logits(again.eval()))
+
+
 QUERIES = LoRA(rank=2, alpha=3, targets=["q_proj"], rank_pattern={"layers.1.self_attn.q_proj": 5})
 SOME_DOWN = LoRA(rank=4, alpha=8, targets=["down_proj"], layers_to_transform=[1, 2])
 THE_REST = LoRA(rank=3, alpha=1)
