@@ -5,10 +5,12 @@ import json
 import os
 import signal
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import jqlora as jq
 from jqlora.cli import main
 from jqlora.cli.generate import assigned
 from jqlora.train.joint_batches import JointBatches
@@ -62,6 +64,26 @@ def test_a_member_is_what_its_own_run_gives(swept, finished):
         for name in row.keys() - WALL_CLOCK - {"kind"}:
             np.testing.assert_allclose(row[name], own[name], rtol=1e-4, err_msg=name)
     assert (both[0] / "report.html").exists()
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")
+def test_the_adapter_of_a_member_is_one_that_peft_loads(swept, toy):
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    base = transformers.AutoModelForCausalLM.from_pretrained(toy / "model", dtype=torch.float32)
+    ids = np.arange(9)[None]
+    ours, params = jq.load(toy / "model", dtype="float32")
+    for rank in NAMES.values():
+        folder = swept / "members" / f"rank-{rank}" / "adapter"
+        theirs = peft.PeftModel.from_pretrained(base, folder).eval()
+        plan, adapters = jq.load_adapter(folder, ours, params)
+        apply = jax.jit(jq.bind(ours, plan))
+        found = apply({"params": params, **adapters}, ids.astype(np.int32)).logits
+        with torch.no_grad():
+            expected = theirs(torch.tensor(ids)).logits.numpy()
+        np.testing.assert_allclose(found, expected, atol=1e-5 * np.ptp(expected))
+        base = theirs.unload()
 
 
 def test_members_are_compared_and_the_best_is_named(swept):
