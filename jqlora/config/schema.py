@@ -43,7 +43,8 @@ class ModelConfig:
     quantize: QuantizeConfig | None = None
     """Store the linear layers as codes; null keeps them whole."""
     remat: Literal["none", "dots", "full"] = "dots"
-    """What the backward pass recomputes: ``dots`` all but products, ``full`` whole layers."""
+    """What the backward pass recomputes: ``dots`` all but products and cuDNN's
+    attention, ``full`` whole layers."""
     cache: str = "auto"
     """Where 4-bit codes and compiled programs are kept for the next start: a directory, ``auto``
     ($JQLORA_CACHE, or ~/.cache/jqlora), or ``off``."""

@@ -16,7 +16,23 @@ from jqlora.models.attention import Attention
 from jqlora.models.projection import KEPT
 
 Remat: TypeAlias = Literal["none", "dots", "full"]
-POLICIES = {"dots": jax.checkpoint_policies.save_only_these_names(KEPT), "full": None}
+
+
+def attention_results(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A policy that keeps what cuDNN's attention returns, its output and the sums of its softmax.
+
+    Its backward pass takes both as they are. A name on the output would not do: the sums have none,
+    and the whole attention would be computed again for them.
+    """
+    return primitive.name.startswith("dot_product_attention_fwd")
+
+
+POLICIES = {
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.save_only_these_names(KEPT), attention_results
+    ),
+    "full": None,
+}
 
 
 def check_options(remat: str, attention: str) -> None:

@@ -11,6 +11,7 @@ from jqlora.quant import NF4, quantize_params
 from jqlora.train import causal_lm_loss
 from jqlora.train.loss import BATCH
 from jqlora.train.residuals import residuals
+from jqlora_kernels import aot
 
 WIDTH, HIDDEN, LAYERS, TOKENS, VOCABULARY = 64, 192, 3, 24, 320
 
@@ -57,6 +58,34 @@ def test_a_policy_keeps_of_a_layer_what_it_says():
     # besides the layer's input q, k, v, o, gate and up; no gradient asks for down's output
     assert kept("dots") == WIDTH + 4 * WIDTH + 2 * HIDDEN
     assert kept("none") > kept("dots")
+
+
+NO_CUDNN = aot.missing() or None if aot.installed("nvidia.cudnn") else "cuDNN is not installed"
+
+
+@pytest.mark.skipif(NO_CUDNN is not None, reason=str(NO_CUDNN))
+@pytest.mark.parametrize(("remat", "times"), [("none", 1), ("dots", 1), ("full", 2)])
+def test_a_policy_that_keeps_products_keeps_what_attention_of_cudnn_returns(remat, times):
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=64,
+    )
+    types = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
+    model = LlamaForCausalLM(config, attention="cudnn", remat=remat, **types)
+    apply = bind(model)
+
+    def total(params, batch):
+        return causal_lm_loss(apply, {"params": params}, batch, None)[0]
+
+    batch = dict.fromkeys(BATCH, jax.ShapeDtypeStruct((1, 128), jnp.int32))
+    trace = str(jax.make_jaxpr(jax.grad(total))(abstract_params(model), batch))
+    assert trace.count("dot_product_attention_fwd_wrapper[") == times
+    assert trace.count("dot_product_attention_bwd_wrapper[") == 1
 
 
 def test_no_gradient_of_the_embedding_is_taken():
