@@ -15,6 +15,8 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from tests.draws import draws
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -35,6 +37,12 @@ def configured(**options):
         compilation_cache.reset_cache()
         if values is options:
             yield
+
+
+@pytest.fixture
+def draw():
+    """``draw(shape, scale, dtype)``: normal numbers, other ones at each call."""
+    return draws()
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from jqlora_kernels.bench import cases, report, timing
 bench = importlib.import_module("jqlora_kernels.bench.__main__")
 
 pytestmark = [
+    pytest.mark.usefixtures("compile_quickly"),
     pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning"),
     pytest.mark.skipif(jax.default_backend() != "cpu", reason="emulates a GPU on a CPU"),
 ]

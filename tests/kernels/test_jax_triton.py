@@ -22,6 +22,7 @@ from jqlora.quant import INT8, NF4, quantize
 from jqlora_kernels import triton_language as T
 from jqlora_kernels.dequantize_blockwise import reference as D
 from jqlora_kernels.quantized_matmul import reference as R
+from tests.draws import draws
 
 def array(a):
     return torch.from_numpy(np.array(a))
@@ -29,7 +30,7 @@ def array(a):
 for spec in (NF4(double_quant=True), INT8(block=32)):
     inputs, outputs, rows, layer = 64, 20, 5, jnp.int32(1)
     parts = 1 if isinstance(spec, INT8) else 2
-    kernel = jax.random.normal(jax.random.key(0), (2, inputs, outputs))
+    kernel = draws(0)((2, inputs, outputs))
     operands = quantize(kernel, spec).kernel_operands()
     codes, scales, codebook, nested = operands
     levels = nested or (codebook, codebook, codebook)

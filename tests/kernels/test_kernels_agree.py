@@ -17,11 +17,13 @@ from jqlora_kernels import tuning
 from jqlora_kernels.dequantize_blockwise import dequantize_blockwise
 from jqlora_kernels.quantized_matmul import quantized_matmul
 from jqlora_kernels.shapes import FLAT, MODEL_LAYERS, RAGGED
+from tests.draws import draws
 from tests.storages import STORAGES, stored
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
 )
+quickly = pytest.mark.usefixtures("compile_quickly")  # where no bit is compared
 BUDGET = {"float32": 1e-6, "bfloat16": 2**-7, "float16": 2**-10}
 SPECS = [kind(double_quant=nested) for kind in (NF4, FP4, INT8) for nested in (False, True)]
 KINDS = [SPECS[2 * i + (i + j) % 2] for i in range(3) for j in range(3)]
@@ -34,8 +36,7 @@ LAYERS = {name: shape for name, shape in MODEL_LAYERS.items() if shape[0] * shap
 
 def layer(inputs, outputs, spec, dtype, *lead):
     """(kernel operands, static options of decoding) of a random matrix, seeded by its shape."""
-    key = jax.random.key(inputs * outputs)
-    q = quantize(jax.random.normal(key, (*lead, inputs, outputs)) / 10, spec)
+    q = quantize(draws(inputs * outputs)((*lead, inputs, outputs), 1 / 10), spec)
     columns = inputs if inputs % spec.block == 0 else inputs * outputs
     return q.kernel_operands(), {"block": spec.block, "columns": columns, "dtype": dtype}
 
@@ -72,7 +73,7 @@ def assert_multiplies_alike(x, operands, block, features, index=None):
 
 
 def rows_of(count, inputs, dtype):
-    return (jax.random.normal(jax.random.key(count), (count, inputs)) / 10).astype(dtype)
+    return draws(count)((count, inputs), 1 / 10, dtype=dtype)
 
 
 @pytest.mark.parametrize(("spec", "dtype"), [*zip(SPECS, itertools.cycle(BUDGET))])
@@ -82,7 +83,7 @@ def test_decoding_agrees_bit_for_bit_in_every_dtype(spec, dtype):
 
 @pytest.mark.parametrize("storage", ["gptq", "llm.int8"])
 def test_codes_that_come_with_checkpoints_agree(storage):
-    q = stored(jax.random.normal(jax.random.key(0), (256, 20)) / 10, STORAGES[storage])
+    q = stored(draws(0)((256, 20), 1 / 10), STORAGES[storage])
     static = {"block": q.block, "columns": 256, "dtype": "float32"}
     assert_decodes_alike(q.kernel_operands(), static)
     assert_multiplies_alike(rows_of(3, 256, "float32"), q.kernel_operands(), q.block, 20)
@@ -109,6 +110,7 @@ def test_decoding_agrees_for_stacks_and_for_one_of_a_stack():
     assert_decodes_alike(operands, static, jnp.int32(2))
 
 
+@quickly
 @pytest.mark.parametrize(
     ("shape", "spec", "dtype"), [*zip(RAGGED, itertools.cycle(SPECS), itertools.cycle(BUDGET))]
 )
@@ -118,12 +120,14 @@ def test_products_agree_for_ragged_shapes(shape, spec, dtype):
     assert_multiplies_alike(rows_of(rows, inputs, dtype), operands, spec.block, outputs)
 
 
+@quickly
 @pytest.mark.parametrize(("spec", "dtype"), [*zip(KINDS, itertools.cycle(BUDGET))])
 def test_products_agree_in_every_dtype(spec, dtype):
     operands, _ = layer(192, 70, spec, dtype)
     assert_multiplies_alike(rows_of(5, 192, dtype), operands, 64, 70)
 
 
+@quickly
 @pytest.mark.parametrize(("block", "count", "kind"), TILED)
 def test_products_agree_for_blocks_of_every_width(block, count, kind):
     inputs = max(block, 256)
@@ -131,6 +135,7 @@ def test_products_agree_for_blocks_of_every_width(block, count, kind):
     assert_multiplies_alike(rows_of(count, inputs, "float32"), operands, block, 20)
 
 
+@quickly
 @pytest.mark.parametrize("count", [1, 7])
 @pytest.mark.parametrize(("inputs", "spec"), [(192, NF4(double_quant=True)), (96, INT8(block=32))])
 def test_few_rows_agree_with_and_without_tensor_cores(count, inputs, spec, monkeypatch):
@@ -142,11 +147,13 @@ def test_few_rows_agree_with_and_without_tensor_cores(count, inputs, spec, monke
         assert_multiplies_alike(x, operands, spec.block, 6)
 
 
+@quickly
 def test_products_agree_for_one_matrix_of_a_stack():
     operands, _ = layer(128, 70, NF4(double_quant=True), "float32", 3)
     assert_multiplies_alike(rows_of(5, 128, "float32"), operands, 64, 70, jnp.int32(1))
 
 
+@quickly
 def test_many_rows_are_multiplied_by_the_matrix_decoded_once():
     operands, _ = layer(64, 20, NF4(double_quant=True), "float32")
     x = rows_of(tuning.here().fused_rows + 1, 64, "float32")

@@ -1,7 +1,6 @@
 """Quantization to 8-bit codes with any table, as raw arrays; 4-bit codes are held to bitsandbytes'
 bytes elsewhere."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,6 +8,7 @@ import pytest
 from jqlora.quant import dynamic_map
 from jqlora_kernels.dequantize_blockwise import dequantize_blockwise
 from jqlora_kernels.quantize_blockwise import quantize_blockwise
+from tests.draws import draws
 
 TABLES = {
     "dynamic": dynamic_map(),
@@ -26,7 +26,7 @@ def decoded(codes, scales, table, count, **options):
 @pytest.mark.parametrize("count", [1, 256, 600])
 def test_every_value_takes_the_code_of_the_nearest_entry(name, count):
     table = TABLES[name]
-    values = np.asarray(jax.random.normal(jax.random.key(count), (count,)))
+    values = np.asarray(draws(count)((count,)))
     values = np.abs(values) if name == "unsigned" else values
     codes, scales = quantize_blockwise(jnp.asarray(values), jnp.asarray(table), block=256)
     assert codes.dtype == jnp.uint8
@@ -40,7 +40,7 @@ def test_every_value_takes_the_code_of_the_nearest_entry(name, count):
 
 def test_decoding_and_quantizing_again_gives_the_same_codes():
     table = jnp.asarray(dynamic_map())
-    values = jax.random.normal(jax.random.key(0), (700,)) * 1e-12
+    values = draws(0)((700,)) * 1e-12
     codes, scales = quantize_blockwise(values, table, block=256)
     again, _ = quantize_blockwise(decoded(codes, scales, table, 700), table, block=256)
     np.testing.assert_array_equal(codes, again)

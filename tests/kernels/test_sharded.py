@@ -14,6 +14,7 @@ from jqlora.quant import INT8, NF4, quantize
 from jqlora_kernels.dequantize_blockwise import dequantize_blockwise
 from jqlora_kernels.layouts import BITSANDBYTES, HOPPER, repack
 from jqlora_kernels.quantized_matmul import quantized_matmul
+from tests.draws import draws
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
@@ -36,7 +37,7 @@ def mesh():
 
 def stored(mesh, spec, inputs, outputs, split):
     """A stack of two matrices on both devices, codes and scales split as told."""
-    kernel = jax.random.normal(jax.random.key(0), (2, inputs, outputs)) / 10
+    kernel = draws(0)((2, inputs, outputs), 1 / 10)
     codes, scales, *tables = quantize(kernel, spec).kernel_operands()
     place = functools.partial(jax.device_put, device=NamedSharding(mesh, split))
     whole = functools.partial(jax.device_put, device=NamedSharding(mesh, P()))
@@ -58,7 +59,7 @@ def test_pieces_give_the_product_and_gradient_of_the_whole_and_no_code_travels(m
     spec, inputs, outputs, split, backend = CASES[case]
     operands = stored(mesh, spec, inputs, outputs, split)
     rows = P("model") if "rows of x" in case else P()
-    x = jax.random.normal(jax.random.key(1), (4, inputs))
+    x = draws(1)((4, inputs))
     x = jax.device_put(x, NamedSharding(mesh, rows))
     static = {"block": spec.block, "features": outputs}
     pieces = jax.jit(functools.partial(product_and_gradient, **static, backend=backend))

@@ -10,16 +10,18 @@ import pytest
 from jqlora.quant import INT8, NF4, quantize
 from jqlora_kernels.dequantize_blockwise import dequantize_blockwise
 from jqlora_kernels.quantized_matmul import quantized_matmul
+from tests.draws import draws
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
-)
+pytestmark = [
+    pytest.mark.usefixtures("compile_quickly"),
+    pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning"),
+]
 BACKENDS = ("reference", "triton_interpret")
 SPEC = NF4(double_quant=True)
 
 
 def stack(*lead, spec=SPEC):
-    kernel = jax.random.normal(jax.random.key(0), (*lead, 128, 24)) / 10
+    kernel = draws(0)((*lead, 128, 24), 1 / 10)
     return quantize(kernel, spec).kernel_operands()
 
 
@@ -30,7 +32,7 @@ def element(operands, *at):
 
 
 def rows(*shape):
-    return jax.random.normal(jax.random.key(1), (*shape, 128))
+    return draws(1)((*shape, 128))
 
 
 def value_and_gradient(multiply):
@@ -103,7 +105,7 @@ def test_a_batch_of_indices_into_one_stack_gathers_no_codes(multiply):
 
 def test_nested_batches_scans_and_rematerialization_compose(multiply):
     operands, x = stack(2, 3), rows(2, 3, 4)
-    back = jax.random.normal(jax.random.key(2), (24, 128)) / 5
+    back = draws(2)((24, 128), 1 / 5)
 
     @jax.checkpoint
     def layer(x, operands, i):
