@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax.ad_checkpoint import checkpoint_name
 
 from jqlora.models.activations import ACTIVATIONS
 from jqlora.models.disentangled import Disentangled
@@ -22,7 +21,7 @@ from jqlora.models.encoder import Embeddings, EncoderLayer, norm
 from jqlora.models.encoder_config import EncoderConfig
 from jqlora.models.encoder_stack import run_stack
 from jqlora.models.norm import layer_norm
-from jqlora.models.projection import KEPT
+from jqlora.models.projection import keep
 from jqlora.models.stack import Remat
 
 
@@ -93,7 +92,7 @@ class DisentangledSelfAttention(nn.Module):
         config, extra = self.config, _extra(self.config)
 
         def heads(projection: nn.Dense, of: jax.Array) -> jax.Array:
-            y = checkpoint_name(projection(of), KEPT)
+            y = keep(projection(of))
             return y.reshape(*y.shape[:-1], config.num_attention_heads, config.head_dim)
 
         queries, keys = heads(self.query_proj, x), heads(self.key_proj, x)
