@@ -1,6 +1,5 @@
 """Which implementation serves a call, and soft-capped scores against their definition."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -37,9 +36,9 @@ def call(queries, keys, values, *, mask=None, window=None, **options):
 
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("masked", [False, True])
-def test_capped_scores_follow_their_definition(window, masked, getkey):
-    queries = 3 * jax.random.normal(getkey(), (2, 6, 4, 8))
-    keys, values = jax.random.normal(getkey(), (2, 2, 6, 2, 8))
+def test_capped_scores_follow_their_definition(window, masked, draw):
+    queries = 3 * draw((2, 6, 4, 8))
+    keys, values = draw((2, 2, 6, 2, 8))
     segments = np.array([[1, 1, 1, 2, 2, 2], [1] * 6])
     same = segments[:, None, :, None] == segments[:, None, None, :]
     mask = jnp.asarray(same) if masked else None
@@ -55,8 +54,8 @@ def test_capped_scores_follow_their_definition(window, masked, getkey):
     np.testing.assert_allclose(found, expected.reshape(2, 6, 32), rtol=1e-5, atol=1e-6)
 
 
-def test_a_wide_cap_is_none(getkey):
-    queries = jax.random.normal(getkey(), (2, 6, 4, 8))
-    keys, values = jax.random.normal(getkey(), (2, 2, 6, 2, 8))
+def test_a_wide_cap_is_none(draw):
+    queries = draw((2, 6, 4, 8))
+    keys, values = draw((2, 2, 6, 2, 8))
     capped = call(queries, keys, values, scale=0.3, softcap=1e4)
     np.testing.assert_allclose(capped, call(queries, keys, values, scale=0.3), atol=1e-6)

@@ -23,13 +23,13 @@ SPECS = [NF4(double_quant=True), FP4(block=128), NF4(block=32)]
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_every_path_decodes_both_layouts_to_the_same_bits(spec, getkey):
-    q = quantize(jax.random.normal(getkey(), (3, 256, 20)), spec)
+def test_every_path_decodes_both_layouts_to_the_same_bits(spec, draw):
+    q = quantize(draw((3, 256, 20)), spec)
     packed = with_layout(q, HOPPER)
     assert packed.layout == HOPPER
     assert not np.array_equal(packed.codes, q.codes)
     np.testing.assert_array_equal(packed.dequantize(), q.dequantize())
-    x = jax.random.normal(getkey(), (5, 256))
+    x = draw((5, 256))
 
     def product_and_gradient(q):
         y, pull = jax.vjp(lambda x: quantized_matmul(x, q, jnp.int32(1)), x)
@@ -40,18 +40,18 @@ def test_every_path_decodes_both_layouts_to_the_same_bits(spec, getkey):
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_files_get_bitsandbytes_bytes_whatever_the_layout(spec, getkey):
-    q = quantize(jax.random.normal(getkey(), (256, 20)), spec)
+def test_files_get_bitsandbytes_bytes_whatever_the_layout(spec, draw):
+    q = quantize(draw((256, 20)), spec)
     parts, expected = (bnb.encode("w", x) for x in (with_layout(q, HOPPER), q))
     assert parts.keys() == expected.keys()
     for name in parts:
         np.testing.assert_array_equal(parts[name], expected[name])
 
 
-def test_a_tree_is_converted_where_the_shape_allows_and_goes_back(getkey):
+def test_a_tree_is_converted_where_the_shape_allows_and_goes_back(draw):
     params = {
-        "wide": {"kernel": quantize(jax.random.normal(getkey(), (128, 8)), NF4())},
-        "odd": {"kernel": quantize(jax.random.normal(getkey(), (64, 8)), NF4())},
+        "wide": {"kernel": quantize(draw((128, 8)), NF4())},
+        "odd": {"kernel": quantize(draw((64, 8)), NF4())},
         "norm": {"scale": jnp.ones(3)},
     }
     packed = params_with_layout(params, HOPPER)
@@ -61,8 +61,8 @@ def test_a_tree_is_converted_where_the_shape_allows_and_goes_back(getkey):
     jax.tree.map(np.testing.assert_array_equal, back, params)
 
 
-def test_requantizing_keeps_the_layout(getkey):
-    kernel = jax.random.normal(getkey(), (128, 8))
+def test_requantizing_keeps_the_layout(draw):
+    kernel = draw((128, 8))
     like = {"m": {"kernel": with_layout(quantize(kernel, NF4()), HOPPER)}}
     again, _ = requantize({"m": {"kernel": kernel}}, like)
     jax.tree.map(np.testing.assert_array_equal, again, like)
@@ -88,8 +88,8 @@ def test_a_matrix_that_cannot_have_the_layout_is_refused(shape, block, layout, s
         with_layout(q, layout)
 
 
-def test_codes_of_eight_bits_move_and_stand_for_the_same_values(getkey):
-    q = quantize(jax.random.normal(getkey(), (256, 8)), INT8())
+def test_codes_of_eight_bits_move_and_stand_for_the_same_values(draw):
+    q = quantize(draw((256, 8)), INT8())
     packed = with_layout(q, HOPPER)
     assert (packed.codes != q.codes).any()
     np.testing.assert_array_equal(packed.dequantize(), q.dequantize())

@@ -20,6 +20,8 @@ from jqlora.quant import (
 )
 from tests.storages import STORAGES, fits, stored
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 
 @pytest.fixture(params=STORAGES)
 def spec(request):
@@ -53,8 +55,8 @@ def test_shapes_follow_the_invariants(spec, matrix, lead):
         assert (decoded.shape, decoded.dtype) == (q.shape, dtype or jnp.bfloat16)
 
 
-def test_kernel_and_rows_are_each_others_transpose(spec, getkey):
-    kernel = jax.random.normal(getkey(), (2, 64, 20))
+def test_kernel_and_rows_are_each_others_transpose(spec, draw):
+    kernel = draw((2, 64, 20))
     q = stored(kernel, spec)
     np.testing.assert_array_equal(q.dequantize(), jnp.swapaxes(q.dequantize_rows(), -1, -2))
     coarse = 2 * jnp.abs(kernel).max() / (15 if q.spec.codes_per_byte == 2 else 127)
@@ -84,8 +86,8 @@ def test_bits_per_parameter_are_the_bytes_on_the_device(spec, bits):
     assert q.bits_per_param == pytest.approx(bits, abs=5e-4)
 
 
-def test_it_survives_every_way_a_tree_is_taken_apart(spec, getkey):
-    q = stored(jax.random.normal(getkey(), (2, 64, 20)), spec)
+def test_it_survives_every_way_a_tree_is_taken_apart(spec, draw):
+    q = stored(draw((2, 64, 20)), spec)
     leaves, structure = jax.tree.flatten(q)
     copies = {
         "flatten": jax.tree.unflatten(structure, leaves),
@@ -113,8 +115,8 @@ def test_it_may_hold_shapes_instead_of_arrays(spec):
 
 
 @pytest.mark.parametrize("storage", ["nf4 twice", "gptq in order"])
-def test_slices_of_a_stack_are_its_matrices(storage, getkey):
-    q = stored(jax.random.normal(getkey(), (2, 3, 64, 20)), STORAGES[storage])
+def test_slices_of_a_stack_are_its_matrices(storage, draw):
+    q = stored(draw((2, 3, 64, 20)), STORAGES[storage])
     expected = q.dequantize()
     one = jax.tree.map(lambda leaf: leaf[1, 2], q)
     np.testing.assert_array_equal(one.dequantize(), expected[1, 2])

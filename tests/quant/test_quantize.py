@@ -11,6 +11,7 @@ from jqlora.errors import ConfigError
 from jqlora.quant import FP4, INT8, NF4, GroupInt, dynamic_map, empty, quantize, quantize_rows
 from jqlora_kernels.packing import pack, unpack
 from jqlora_kernels.quantize_blockwise import quantize_scales
+from tests.draws import draws
 
 
 @given(st.lists(st.integers(0, 15), max_size=40).filter(lambda codes: len(codes) % 2 == 0))
@@ -25,7 +26,7 @@ def test_packed_nibbles_unpack_to_what_they_were(codes):
 @given(st.integers(1, 9), st.integers(1, 40), st.sampled_from([32, 64]), st.booleans())
 @settings(deadline=None, max_examples=12)
 def test_decoding_and_quantizing_again_gives_the_same_codes(rows, columns, block, nested):
-    weight = jax.random.normal(jax.random.key(rows * columns), (rows, columns))
+    weight = draws(rows * columns)((rows, columns))
     spec = NF4(block=block, double_quant=nested)
     once = quantize_rows(weight, spec)
     again = quantize_rows(once.dequantize_rows(), spec)
@@ -33,8 +34,8 @@ def test_decoding_and_quantizing_again_gives_the_same_codes(rows, columns, block
 
 
 @pytest.mark.parametrize("spec", [NF4(), FP4(), NF4(block=128), INT8()])
-def test_every_weight_becomes_the_nearest_level_of_its_block(spec, getkey):
-    weight = jax.random.normal(getkey(), (8, 128))
+def test_every_weight_becomes_the_nearest_level_of_its_block(spec, draw):
+    weight = draw((8, 128))
     q = quantize_rows(weight, spec)
     scales = np.repeat(np.asarray(q.scales), spec.block, axis=1)
     choices = scales[..., None] * q.codebook
@@ -68,8 +69,8 @@ def test_second_level_codes_are_the_nearest_entries_of_the_dynamic_map(getkey):
     np.testing.assert_allclose(chosen, distance.min(-1), atol=1e-7)
 
 
-def test_each_matrix_of_a_stack_is_quantized_by_itself(getkey):
-    kernels = jax.random.normal(getkey(), (2, 3, 64, 20))
+def test_each_matrix_of_a_stack_is_quantized_by_itself(draw):
+    kernels = draw((2, 3, 64, 20))
     stack = quantize(kernels, NF4(double_quant=True))
     for i in range(2):
         for j in range(3):
@@ -79,8 +80,8 @@ def test_each_matrix_of_a_stack_is_quantized_by_itself(getkey):
                 np.testing.assert_array_equal(many[i, j], single)
 
 
-def test_a_stack_filled_layer_by_layer_equals_one_quantized_whole(getkey):
-    kernels = jax.random.normal(getkey(), (3, 64, 20), jnp.bfloat16)
+def test_a_stack_filled_layer_by_layer_equals_one_quantized_whole(draw):
+    kernels = draw((3, 64, 20), dtype=jnp.bfloat16)
     spec = NF4(double_quant=True)
     stack = empty((64, 20), (3,), spec, jnp.bfloat16)
     for i in range(3):

@@ -35,10 +35,10 @@ PRODUCTS += [
 
 
 @pytest.mark.parametrize(("storage", "dtype", "inputs"), PRODUCTS)
-def test_product_and_gradient_equal_those_of_the_decoded_kernel(storage, dtype, inputs, getkey):
-    q = stored(jax.random.normal(getkey(), (inputs, 20)) / 10, STORAGES[storage])
-    x = jax.random.normal(getkey(), (2, 3, inputs)).astype(dtype)
-    g = jax.random.normal(getkey(), (2, 3, 20)).astype(dtype)
+def test_product_and_gradient_equal_those_of_the_decoded_kernel(storage, dtype, inputs, draw):
+    q = stored(draw((inputs, 20), 1 / 10), STORAGES[storage])
+    x = draw((2, 3, inputs), dtype=dtype)
+    g = draw((2, 3, 20), dtype=dtype)
 
     @jax.jit
     def product_and_gradient(x, q, g):
@@ -50,9 +50,9 @@ def test_product_and_gradient_equal_those_of_the_decoded_kernel(storage, dtype, 
         assert_close(actual, expected, dtype)
 
 
-def test_the_stored_matrix_gets_no_gradient(getkey):
-    q = quantize(jax.random.normal(getkey(), (64, 20)), NF4(double_quant=True))
-    x = jax.random.normal(getkey(), (3, 64))
+def test_the_stored_matrix_gets_no_gradient(draw):
+    q = quantize(draw((64, 20)), NF4(double_quant=True))
+    x = draw((3, 64))
     grads = jax.grad(lambda q: quantized_matmul(x, q).sum(), allow_int=True)(q)
     assert grads.codes.dtype == jax.dtypes.float0
     assert grads.scales.dtype == jax.dtypes.float0
@@ -65,13 +65,13 @@ def layers(q, x, index):
 
 
 @pytest.fixture(params=["nf4 twice", "gptq in order"])
-def stack(request, getkey):
-    return stored(jax.random.normal(getkey(), (4, 64, 64)) / 8, STORAGES[request.param])
+def stack(request, draw):
+    return stored(draw((4, 64, 64), 1 / 8), STORAGES[request.param])
 
 
 @pytest.mark.parametrize("remat", [False, True])
-def test_a_scan_over_layer_numbers_equals_the_loop(stack, remat, getkey):
-    x = jax.random.normal(getkey(), (3, 64))
+def test_a_scan_over_layer_numbers_equals_the_loop(stack, remat, draw):
+    x = draw((3, 64))
     layer = jax.checkpoint(layers) if remat else layers
 
     def scanned(x):
@@ -88,8 +88,8 @@ def test_a_scan_over_layer_numbers_equals_the_loop(stack, remat, getkey):
     np.testing.assert_allclose(actual, jax.grad(lambda x: (looped(x) ** 2).sum())(x), atol=2e-6)
 
 
-def test_it_maps_over_inputs_and_over_experts(stack, getkey):
-    x = jax.random.normal(getkey(), (4, 3, 64))
+def test_it_maps_over_inputs_and_over_experts(stack, draw):
+    x = draw((4, 3, 64))
 
     @jax.jit
     def mapped(x, stack):
@@ -122,9 +122,9 @@ def float_shapes(jaxpr):
 
 
 @pytest.mark.parametrize("inputs", [128, 100])
-def test_no_decoded_weight_is_kept_for_the_backward_pass(inputs, getkey):
-    q = quantize(jax.random.normal(getkey(), (inputs, 96)), NF4(double_quant=True))
-    x = jax.random.normal(getkey(), (3, inputs))
+def test_no_decoded_weight_is_kept_for_the_backward_pass(inputs, draw):
+    q = quantize(draw((inputs, 96)), NF4(double_quant=True))
+    x = draw((3, inputs))
     _, pull = jax.vjp(lambda x: quantized_matmul(x, q), x)
     kept = [a.size for a in jax.tree.leaves(pull) if jnp.issubdtype(a.dtype, jnp.floating)]
     assert sum(kept) < inputs * 96 // 4
@@ -133,8 +133,8 @@ def test_no_decoded_weight_is_kept_for_the_backward_pass(inputs, getkey):
 
 
 @pytest.mark.parametrize("remat", [False, True])
-def test_a_scan_stacks_no_decoded_weights(stack, remat, getkey):
-    x = jax.random.normal(getkey(), (3, 64))
+def test_a_scan_stacks_no_decoded_weights(stack, remat, draw):
+    x = draw((3, 64))
     layer = jax.checkpoint(layers) if remat else layers
 
     def loss(x):
@@ -161,8 +161,8 @@ def test_memory_for_a_gradient_does_not_grow_by_decoded_layers():
     assert temporary_bytes(8) - temporary_bytes(4) < four_decoded_layers / 16
 
 
-def test_shapes_that_do_not_fit_are_refused(stack, getkey):
-    x = jax.random.normal(getkey(), (3, 63))
+def test_shapes_that_do_not_fit_are_refused(stack, draw):
+    x = draw((3, 63))
     with pytest.raises(ValueError, match="63 features"):
         quantized_matmul(x, stack, jnp.int32(0))
     with pytest.raises(ValueError, match="needs an index"):

@@ -25,6 +25,7 @@ from jqlora.quant import (
     with_layout,
 )
 from jqlora.train import TrainState, make_train_step
+from tests.draws import draws
 from tests.storages import STORAGES, stored
 
 pytestmark = pytest.mark.filterwarnings(
@@ -113,8 +114,8 @@ def test_a_step_on_pieces_equals_the_step_on_the_whole_and_gathers_no_codes(
     ],
 )
 def test_zero_points_and_orders_lie_with_their_pieces(mesh, storage, split):
-    q = stored(jax.random.normal(jax.random.key(0), (2, 128, 64)), STORAGES[storage])
-    x = jax.random.normal(jax.random.key(1), (3, 128))
+    q = stored(draws(0)((2, 128, 64)), STORAGES[storage])
+    x = draws(1)((3, 128))
     pieces = jax.device_put(q, split(q, mesh, "model"))
     assert len(pieces.scales.sharding.device_set) == 2
 
