@@ -10,7 +10,6 @@ from typing import Any
 from jqlora.io.atomic import atomic_write_json, atomic_write_text
 from jqlora.train.directory import RunDirectory
 from jqlora.train.loop import Fit
-from jqlora.train.member_plots import draw_member_plots
 from jqlora.train.metrics import read_metrics
 from jqlora.train.pages import embedded, render
 from jqlora.train.usage import device_peak_bytes, host_peak_bytes, versions
@@ -26,6 +25,8 @@ def compare_members(run: RunDirectory, result: Fit) -> dict[str, Any]:
     is ``best``; it is the first evaluation, or the last training loss where there is none. A member
     that diverged has no losses, but ``diverged_after``, the last step logged.
     """
+    from jqlora.train.member_plots import draw_member_plots  # matplotlib, only now
+
     grid = json.loads(run.sweep.read_text())
     members = [_member(run.members / name, name, own) for name, own in grid["members"].items()]
     finished = [member for member in members if "losses" in member]

@@ -25,7 +25,6 @@ from jqlora.run.summary import summarize
 from jqlora.train.directory import RunDirectory
 from jqlora.train.loop import Fit, stop_at
 from jqlora.train.ranks import rank_record
-from jqlora.train.report import write_report
 from jqlora.train.step import make_train_step
 from jqlora.train.task_loss import loss_for
 from jqlora.types import Adapters
@@ -91,6 +90,8 @@ def train_in(config: RunConfig, run: RunDirectory, prepared: Prepared, say: Say)
 def finish(session: Session, result: Fit, after: dict[str, Any]) -> dict[str, Any]:
     """Save the adapter and write the report of a run that is through, measured ``after`` it;
     returns the summary."""
+    from jqlora.train.report import write_report  # matplotlib keeps no first step waiting
+
     run, adapters = session.run, result.state.adapters
     atomic_write_json(run.before_after, run.read_before_after() | {"after": after})
     ranks = rank_record(session.plan, result.state.opt_state)
