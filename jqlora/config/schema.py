@@ -42,9 +42,9 @@ class ModelConfig:
     """Of the computation and of unquantized weights; auto is float32 on CPUs, else bfloat16."""
     quantize: QuantizeConfig | None = None
     """Store the linear layers as codes; null keeps them whole."""
-    remat: Literal["none", "dots", "full"] = "dots"
+    remat: Literal["none", "dots", "full", "offload"] = "dots"
     """What the backward pass recomputes: ``dots`` all but products and cuDNN's
-    attention, ``full`` whole layers."""
+    attention, ``full`` whole layers, ``offload`` too, from inputs in host memory."""
     cache: str = "auto"
     """Where 4-bit codes and compiled programs are kept for the next start: a directory, ``auto``
     ($JQLORA_CACHE, or ~/.cache/jqlora), or ``off``."""

@@ -15,7 +15,7 @@ from jqlora.models.norm import LayerNorm
 from jqlora.models.projection import project
 from jqlora.models.seq2seq import DecoderCache, EncoderDecoder, Stacked
 from jqlora.models.seq2seq_heads import config_for
-from jqlora.models.stack import Remat, check_options, run, stacked
+from jqlora.models.stack import Remat, check_options, entering, run, stacked
 
 OFFSET = 2
 """Rows of the positions' table before that of the first position."""
@@ -39,6 +39,7 @@ class BartLayer(nn.Module):
     ) -> tuple[jax.Array, tuple[DecoderCache | None, jax.Array | None]]:
         """x [B, T, D] -> (x, (fresh keys and values or None, x if hidden states are wanted))."""
         del own
+        x = entering(x)
         config = self.config
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         attention = functools.partial(

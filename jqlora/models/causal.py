@@ -22,9 +22,9 @@ class CausalLM(nn.Module):
 
     ``scan`` stacks the layers' parameters on a lead axis [L] under the name of their list, such as
     ``layers`` (compile time does not grow with depth); without it they live under ``layers_0``,
-    ``layers_1``, ... . ``remat`` "full" keeps only each layer's input for the backward pass, "dots"
-    the projections' outputs too. ``attention`` "auto" is cuDNN for half-precision calls on a GPU
-    and XLA elsewhere.
+    ``layers_1``, ... . ``remat`` "full" keeps only each layer's input for the backward pass,
+    "offload" in pinned host memory, "dots" the projections' outputs too. ``attention`` "auto" is
+    cuDNN for half-precision calls on a GPU and XLA elsewhere.
     """
 
     task = "causal-lm"

@@ -13,6 +13,7 @@ from jqlora.models.activations import ACTIVATIONS
 from jqlora.models.encoder_config import EncoderConfig
 from jqlora.models.norm import LayerNorm
 from jqlora.models.projection import project
+from jqlora.models.stack import entering
 
 
 def dense(
@@ -85,6 +86,7 @@ class EncoderLayer(nn.Module):
     ) -> tuple[jax.Array, jax.Array | None]:
         """x [B, T, D] -> (x, x again if hidden states are wanted)."""
         config, types = self.config, self.types
+        x = entering(x)
         x = Attention(config, types, self.mixer, name="attention")(x, shared)
         wide = Intermediate(config, types, name="intermediate")(x)
         x = AddAndNorm(config, types, name="output")(wide, x)

@@ -20,7 +20,8 @@ class EncoderForTask(nn.Module):
 
     ``scan`` stacks the layers' parameters on a lead axis [L] under ``layer``; without it they live
     under ``layer_0``, ``layer_1``, ... . ``remat`` "full" keeps only each layer's input for the
-    backward pass, "dots" the projections' outputs too. There is no dropout but the adapters'.
+    backward pass, "offload" in pinned host memory, "dots" the projections' outputs too. There is
+    no dropout but the adapters'.
     """
 
     config: EncoderConfig

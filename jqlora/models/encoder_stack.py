@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jqlora.models.stack import POLICIES, Remat, check_options
+from jqlora.models.stack import Remat, check_options, rematerialized
 
 
 def run_stack(
@@ -28,8 +28,7 @@ def run_stack(
     Scanned, the submodule is ``name`` with parameters [depth, ...]; looped, ``name_0`` and so on.
     """
     check_options(remat, "auto")
-    if remat != "none":
-        layer = nn.remat(layer, prevent_cse=not scan, policy=POLICIES[remat])
+    layer = rematerialized(layer, remat, scan=scan)
     first = jnp.arange(depth) == 0
     if scan:
         scanned = nn.scan(

@@ -18,7 +18,7 @@ from jqlora.models.gpt2_config import GPT2Config
 from jqlora.models.masks import Attending
 from jqlora.models.norm import LayerNorm
 from jqlora.models.projection import project
-from jqlora.models.stack import Remat, check_options, run, stacked
+from jqlora.models.stack import Remat, check_options, entering, run, stacked
 
 
 class GPT2Attention(nn.Module):
@@ -87,6 +87,7 @@ class GPT2Block(nn.Module):
         self, x: jax.Array, attending: Attending, divisor: jax.Array, cache: LayerCache | None
     ) -> tuple[jax.Array, tuple[LayerCache | None, jax.Array | None]]:
         """x [B, T, D] -> (x, (fresh keys and values or None, x if hidden states are wanted))."""
+        x = entering(x)
         mixed, fresh = self.attn(self.ln_1(x), attending, divisor, cache)
         x = x + mixed
         x = x + self.mlp(self.ln_2(x))

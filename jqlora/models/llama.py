@@ -22,7 +22,7 @@ from jqlora.models.preparation import Tokens, attending_for
 from jqlora.models.projection import project
 from jqlora.models.rope import Rope, rope_tables
 from jqlora.models.self_attention import SelfAttention
-from jqlora.models.stack import Remat, check_options, run, stacked
+from jqlora.models.stack import Remat, check_options, entering, run, stacked
 
 
 class MLP(nn.Module):
@@ -80,6 +80,7 @@ class DecoderLayer(nn.Module):
         cache: LayerCache | None,
     ) -> tuple[jax.Array, tuple[LayerCache | None, jax.Array | None]]:
         """x [B, T, D] -> (x, (fresh keys and values or None, x if hidden states are wanted))."""
+        x = entering(x)
         mixed, fresh = self.self_attn(self.input_layernorm(x), attending, windowed, cache)
         if self.config.sandwich_norms:
             x = x + self.post_attention_layernorm(mixed)

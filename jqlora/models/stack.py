@@ -10,12 +10,15 @@ from typing import Any, Literal, TypeAlias, get_args
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jqlora.errors import ConfigError
 from jqlora.models.attention import Attention
 from jqlora.models.projection import KEPT
 
-Remat: TypeAlias = Literal["none", "dots", "full"]
+Remat: TypeAlias = Literal["none", "dots", "full", "offload"]
+ENTERED = "layer input"
+"""The name of what remat "offload" keeps in host memory."""
 
 
 def attention_results(primitive: Any, *_: Any, **__: Any) -> bool:
@@ -32,6 +35,12 @@ POLICIES = {
         jax.checkpoint_policies.save_only_these_names(KEPT), attention_results
     ),
     "full": None,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[ENTERED],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -45,10 +54,21 @@ def check_options(remat: str, attention: str) -> None:
             raise ConfigError(f"{name}={value!r} is unknown; accepted: {', '.join(accepted)}")
 
 
+def entering(x: jax.Array) -> jax.Array:
+    """x [B, T, D], by the name under which remat finds a layer's input."""
+    return checkpoint_name(x, ENTERED)
+
+
+def rematerialized(layer: Any, remat: Remat, *, scan: bool) -> Any:
+    """The class of a layer, or one that computes it again in the backward pass."""
+    if remat == "none":
+        return layer
+    return nn.remat(layer, prevent_cse=not scan, policy=POLICIES[remat])
+
+
 def stacked(layer: Any, depth: int, *, scan: bool, remat: Remat, **fields: Any) -> Any:
     """``depth`` layers with these fields, for a ``setup`` to name: one scanned module or a list."""
-    if remat != "none":
-        layer = nn.remat(layer, prevent_cse=not scan, policy=POLICIES[remat])
+    layer = rematerialized(layer, remat, scan=scan)
     if not scan:
         return [layer(**fields) for _ in range(depth)]
     layer = nn.scan(

@@ -22,7 +22,7 @@ from jqlora.models.multi_head import MultiHeadAttention, Shared
 from jqlora.models.norm import RMSNorm
 from jqlora.models.projection import project
 from jqlora.models.seq2seq import DecoderCache, Stacked
-from jqlora.models.stack import Remat, check_options, run, stacked
+from jqlora.models.stack import Remat, check_options, entering, run, stacked
 from jqlora.models.t5_config import T5Config
 
 
@@ -126,6 +126,7 @@ class T5Block(nn.Module):
     ) -> tuple[jax.Array, tuple[DecoderCache | None, jax.Array | None]]:
         """x [B, T, D] -> (x, (fresh keys and values or None, x if hidden states are wanted))."""
         del own
+        x = entering(x)
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         attention = functools.partial(T5Attention, self.config, attention=self.attention, **types)
         past, known = (None, None) if cache is None else cache

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jqlora import tree
 from jqlora.attach import bind
 from jqlora.config import RunConfig
+from jqlora.optim.offload import DEVICE, HOST
 from jqlora.quant import QTensor
 from jqlora.run.memory import Device, Memory, Present, Step, abstract_step, compile_step
 from jqlora.train.residuals import residuals
@@ -48,10 +49,16 @@ def estimate_step(config: RunConfig, why: str) -> Memory:
     gradients = parts["adapters"]
     if accumulate > 1:  # a micro-batch's own, and the sum in fp32
         gradients += gradients * 4 // jnp.dtype(step.config.method.dtype).itemsize
-    temporaries = gradients + kept(step, cudnn=cudnn) + workspace(step, cudnn=cudnn)
+    on_device, on_host = kept(step, cudnn=cudnn)
+    temporaries = gradients + on_device + workspace(step, cudnn=cudnn)
     held = sum(size for name, size in parts.items() if name != "host")
     return Memory(
-        **parts, temporaries=temporaries, peak=held + temporaries, cudnn=cudnn, estimated=why
+        **parts,
+        temporaries=temporaries,
+        peak=held + temporaries,
+        cudnn=cudnn,
+        host_activations=on_host,
+        estimated=why,
     )
 
 
@@ -65,8 +72,9 @@ def serves(step: Step) -> bool:
     return attention == "cudnn" or (attention == "auto" and fits)
 
 
-def kept(step: Step, *, cudnn: bool) -> int:
-    """Bytes that the forward pass leaves to the backward pass; cuDNN leaves no scores."""
+def kept(step: Step, *, cudnn: bool) -> tuple[int, int]:
+    """Bytes that the forward pass leaves to the backward pass on the device, and on the host;
+    cuDNN leaves no scores."""
     rows = step.config.train.batch_size // step.config.train.accumulate
     batch = {
         name: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype)
@@ -79,7 +87,10 @@ def kept(step: Step, *, cudnn: bool) -> int:
         length = step.config.data.length
         scores = (step.model.config.num_attention_heads, length, length)
         found = [leaf for leaf in found if leaf.shape[-3:] != scores]
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in found)
+    bytes_by_home = {HOST: 0, DEVICE: 0}
+    for leaf in found:
+        bytes_by_home[leaf.memory_space] += leaf.size * leaf.dtype.itemsize
+    return bytes_by_home[DEVICE], bytes_by_home[HOST]
 
 
 def workspace(step: Step, *, cudnn: bool) -> int:

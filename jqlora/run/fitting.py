@@ -47,7 +47,7 @@ def changes(config: RunConfig) -> Iterator[Change]:
     model, train, length = config.model, config.train, config.data.length
     if model.remat == "none":
         yield Change("model.remat", "dots", "recompute all but products, the same numbers")
-    if model.remat != "full":
+    if model.remat in ("none", "dots"):
         yield Change("model.remat", "full", "recompute layers, the same numbers, slower")
     rows = train.batch_size // train.accumulate
     while rows > 1:
@@ -62,6 +62,8 @@ def changes(config: RunConfig) -> Iterator[Change]:
         yield Change("method.dtype", "bfloat16", "adapters in half the bytes, rounded at random")
     if train.optimizer in EIGHT_BIT:
         yield Change("train.optimizer", EIGHT_BIT[train.optimizer], "moments in 8 bits")
+    if model.remat != "offload":
+        yield Change("model.remat", "offload", "layers' inputs in host memory, the same numbers")
     while length // 2 >= SHORTEST:
         length //= 2
         yield Change("data.length", length, "shorter rows")
@@ -116,7 +118,8 @@ def search(
 
     made: dict[str, Change] = {}
     for change in changes(config):
-        made = {**made, change.key: change}
+        made.pop(change.key, None)
+        made[change.key] = change  # behind all others, which may be taken back
         found = needs([*made.values()])
         if found.fits(target):
             break

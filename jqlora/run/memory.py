@@ -85,6 +85,8 @@ class Memory:
     """Optimizer state in host memory."""
     cudnn: bool
     """Whether attention is cuDNN's; if not, it is XLA's, whose scores take room."""
+    host_activations: int = 0
+    """What the forward pass leaves in host memory to the backward pass: remat "offload"."""
     estimated: str | None = None
     """Why nothing was compiled, of an estimate; None of a compiled program."""
 
@@ -103,6 +105,8 @@ class Memory:
         found = [f"  {name:26}{readable_bytes(size):>12}" for name, size in rows.items()]
         if self.host:
             found.append(f"  {'optimizer state, host':26}{readable_bytes(self.host):>12}")
+        if self.host_activations:
+            found.append(f"  {'activations, host':26}{readable_bytes(self.host_activations):>12}")
         if self.estimated is not None:
             return [f"one step ESTIMATED for {target.name}; {self.estimated}:", *found]
         note = [] if self.cudnn else ["  " + NO_CUDNN]
@@ -211,6 +215,7 @@ def compile_step(config: RunConfig, target: Device) -> Memory:
     return Memory(
         **parts,
         temporaries=analysis.temp_size_in_bytes,
+        host_activations=analysis.host_temp_size_in_bytes,
         peak=compiled_bytes(program, host_bytes=parts["host"]),
         cudnn=cudnn,
     )

@@ -76,6 +76,8 @@ def test_scanned_and_looped_layers_agree_in_values_and_gradients(name, getkey):
         ("full", False, jnp.float32),
         ("full", True, jnp.bfloat16),
         ("dots", True, jnp.float32),
+        ("offload", True, jnp.float32),
+        ("offload", False, jnp.float32),
     ],
 )
 def test_remat_changes_neither_values_nor_gradients(remat, scan, dtype, getkey):

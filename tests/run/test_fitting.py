@@ -33,7 +33,7 @@ def pretended(config, _):
     base = 300 if model.quantize is None else 100
     moments = 2 * config.method.rank * (0.25 if "8bit" in train.optimizer else 1)
     host = moments if train.offload == "all" else 0
-    kept = rows * config.data.length // (4 if model.remat == "full" else 1) / 16
+    kept = rows * config.data.length // {"full": 4, "offload": 8}.get(model.remat, 1) / 16
     peak = base + config.method.rank + moments - host + kept
     sizes = [base if model.quantize else 0, 0, base, config.method.rank, moments, 0, kept, peak]
     return Memory(*(int(size * MIB) for size in sizes), host=int(host * MIB), cudnn=True)

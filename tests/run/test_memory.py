@@ -128,6 +128,19 @@ def test_what_cannot_be_meant_is_refused(words, told, file, monkeypatch, capsys)
     assert told in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("_", [pytest.param(0, marks=compiles)])
+def test_offloaded_inputs_of_layers_take_room_on_the_host_alone(_, file, steps):
+    # rows enough for inputs to outweigh a layer at work, and little else to compile
+    words = ["model.quantize=null", "train.batch_size=8", "train.optimizer=sgd"]
+    config = read_config([file], ["model.remat=offload", "method.targets=[q_proj]", *words])
+    inputs = MODEL["num_hidden_layers"] * MODEL["hidden_size"] * 8 * 128 * 2  # rows, tokens, bytes
+    memory, guessed = steps(config), estimate_step(config, "as a test")
+    assert memory.host_activations == guessed.host_activations == inputs
+    assert memory.temporaries < inputs
+    assert abs(guessed.peak / memory.peak - 1) < 0.05
+    assert any("activations, host" in line for line in memory.lines(TARGETS["h100"]))
+
+
 def test_without_the_compiler_it_is_estimated_and_says_what_to_install(file, monkeypatch, capsys):
     monkeypatch.setattr(aot, "missing", lambda: "there is no ptxas: pip install 'jqlora[aot]'")
     assert main(["plan", str(file), "model.remat=full", "--device", "l4"]) == 0

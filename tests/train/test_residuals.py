@@ -37,7 +37,7 @@ def step_of(remat, scan=True):
 
 
 @pytest.mark.parametrize("scan", [True, False])
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", ["none", "dots", "full", "offload"])
 def test_no_decoded_matrix_is_kept(remat, scan):
     apply, *arguments = step_of(remat, scan)
     kept = residuals(apply, causal_lm_loss, *arguments)
@@ -58,6 +58,18 @@ def test_a_policy_keeps_of_a_layer_what_it_says():
     # besides the layer's input q, k, v, o, gate and up; no gradient asks for down's output
     assert kept("dots") == WIDTH + 4 * WIDTH + 2 * HIDDEN
     assert kept("none") > kept("dots")
+
+
+def test_offloading_keeps_the_inputs_of_layers_on_the_host_and_nothing_of_them_on_the_device():
+    apply, *arguments = step_of("offload")
+    stacks = [
+        leaf
+        for leaf in residuals(apply, causal_lm_loss, *arguments)
+        if leaf.shape[:1] == (LAYERS,) and jnp.issubdtype(leaf.dtype, jnp.floating)
+    ]
+    assert [(leaf.shape, leaf.memory_space) for leaf in stacks] == [
+        ((LAYERS, 1, TOKENS, WIDTH), jax.memory.Space.Host)
+    ]
 
 
 NO_CUDNN = aot.missing() or None if aot.installed("nvidia.cudnn") else "cuDNN is not installed"
