@@ -2,14 +2,20 @@
 
     python experiments/02_step_time/run.py                    # SmolLM2-135M, a few minutes
     python experiments/02_step_time/run.py --rounds 5 --dtype bfloat16
+    python experiments/02_step_time/run.py --sides jqlora-qlora peft-qlora torchao-qlora
 
-The same model, token ids, adapters and number of threads on each side. Each side runs in a
-process of its own, they take turns, and every process reports the median of its steps after the
-first ones (compilation, allocation). One line a run is appended to ``results.jsonl``, with
-versions. The ratio is ours ÷ theirs: below one, ours is faster.
+Beside peft + bitsandbytes there may be torchao's NF4 under the same peft (``torchao-qlora``, where
+the package is installed), and peft's model after ``torch.compile`` (``compiled-lora``,
+``compiled-qlora``), the compilation of which takes minutes.
+
+The same model, token ids, adapters and number of threads on each side. Each side runs in a process
+of its own, they take turns, and every process reports the median of its steps after the first ones
+(compilation, allocation). One line a run is appended to ``results.jsonl``, with versions. The ratio
+is ours ÷ theirs: below one, ours is faster.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -21,7 +27,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SIDES = ("jqlora-qlora", "peft-qlora", "jqlora-lora", "peft-lora")
+USUAL = ("jqlora-qlora", "peft-qlora", "jqlora-lora", "peft-lora")
+SIDES = (*USUAL, "torchao-qlora", "compiled-qlora", "compiled-lora")
 WARMUP = 3
 
 
@@ -33,7 +40,8 @@ def batches(vocabulary: int, shape: tuple[int, int], count: int):
     return [rng.integers(0, vocabulary, shape) for _ in range(count)]
 
 
-def time_peft(arguments: argparse.Namespace, quantized: bool) -> dict:
+def time_peft(arguments: argparse.Namespace, quantized: bool, library: str) -> dict:
+    """``library`` is peft, compiled for the same after torch.compile, or torchao."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -41,6 +49,7 @@ def time_peft(arguments: argparse.Namespace, quantized: bool) -> dict:
     torch.manual_seed(0)
     torch.set_num_threads(arguments.threads)
     dtype = getattr(torch, arguments.dtype)
+    by_bitsandbytes = quantized and library != "torchao"
     storage = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -48,7 +57,7 @@ def time_peft(arguments: argparse.Namespace, quantized: bool) -> dict:
         bnb_4bit_compute_dtype=dtype,
     )
     model = AutoModelForCausalLM.from_pretrained(
-        arguments.model, dtype=dtype, quantization_config=storage if quantized else None
+        arguments.model, dtype=dtype, quantization_config=storage if by_bitsandbytes else None
     )
     for (
         module
@@ -57,11 +66,16 @@ def time_peft(arguments: argparse.Namespace, quantized: bool) -> dict:
             module.support_avx512bf16_for_cpu = False
     lora = LoraConfig(r=arguments.rank, lora_alpha=2 * arguments.rank, target_modules="all-linear")
     model = get_peft_model(model, lora)
+    if library == "torchao":
+        store_by_torchao(model)
     model.train()
+    vocabulary = model.config.vocab_size
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=2e-4)
+    if library == "compiled":
+        model = torch.compile(model)
     times, losses = [], []
-    for ids in batches(model.config.vocab_size, arguments.shape, WARMUP + arguments.steps):
+    for ids in batches(vocabulary, arguments.shape, WARMUP + arguments.steps):
         start = time.perf_counter()
         tokens = torch.from_numpy(ids)
         loss = model(input_ids=tokens, labels=tokens).loss
@@ -72,6 +86,17 @@ def time_peft(arguments: argparse.Namespace, quantized: bool) -> dict:
         losses.append(loss.item())
         times.append(time.perf_counter() - start)
     return {"times": times, "losses": losses, "trainable": sum(p.numel() for p in trained)}
+
+
+def store_by_torchao(model) -> None:
+    """Every weight under an adapter as torchao's NF4, its scales in groups that fit SmolLM2."""
+    import torch
+    from torchao.quantization import to_nf4
+
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            stored = to_nf4(module.base_layer.weight.detach(), scaler_block_size=64)
+            module.base_layer.weight = torch.nn.Parameter(stored, requires_grad=False)
 
 
 def time_jqlora(arguments: argparse.Namespace, quantized: bool) -> dict:
@@ -149,15 +174,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--shape", type=int, nargs=2, default=(4, 128), metavar=("B", "T"))
-    parser.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES)
+    parser.add_argument("--sides", nargs="+", default=USUAL, choices=SIDES)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.shape = tuple(arguments.shape)
     if arguments.side:
         library, method = arguments.side.split("-")
-        timer = time_jqlora if library == "jqlora" else time_peft
-        print(json.dumps(timer(arguments, quantized=method == "qlora")))
+        quantized = method == "qlora"
+        ours = library == "jqlora"
+        found = (
+            time_jqlora(arguments, quantized) if ours else time_peft(arguments, quantized, library)
+        )
+        print(json.dumps(found))
         return
+    if "torchao-qlora" in arguments.sides and importlib.util.find_spec("torchao") is None:
+        print("torchao is not installed: torchao-qlora is left out")
+        arguments.sides = [side for side in arguments.sides if side != "torchao-qlora"]
     arguments.model = arguments.model or exported_model()
     medians: dict[str, list[float]] = {side: [] for side in arguments.sides}
     first_losses = {}
@@ -182,13 +214,13 @@ def main() -> None:
         "versions": {name: version(name) for name in ("jax", "torch", "peft", "bitsandbytes")},
         "date": time.strftime("%Y-%m-%d"),
     }
-    for method in ("qlora", "lora"):
-        ours, theirs = (
-            report["seconds_per_step"].get(f"{who}-{method}") for who in ("jqlora", "peft")
-        )
-        if ours and theirs:
-            report[f"ratio_{method}"] = ours / theirs
-            print(f"{method}: ours ÷ theirs = {ours / theirs:.3f}")
+    for side, theirs in report["seconds_per_step"].items():
+        library, method = side.split("-")
+        ours = report["seconds_per_step"].get(f"jqlora-{method}")
+        if ours and library != "jqlora":
+            name = f"ratio_{method}" if library == "peft" else f"ratio_{method}_to_{library}"
+            report[name] = ours / theirs
+            print(f"{method}: ours ÷ {library} = {ours / theirs:.3f}")
     with (HERE / "results.jsonl").open("a") as results:
         results.write(json.dumps(report) + "\n")
 
