@@ -17,7 +17,7 @@ from jqlora.train.joint_batches import JointBatches
 from jqlora.train.metrics import WALL_CLOCK, read_metrics
 from tests.toy_checkpoint import STEPS
 
-pytestmark = pytest.mark.usefixtures("compile_quickly", "keep_programs")
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 TOLERANCE = 2e-4
 """Of the largest number of a tensor, after STEPS updates of Adam in another order of additions."""

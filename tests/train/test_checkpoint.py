@@ -17,6 +17,8 @@ from jqlora.train import TrainState
 from jqlora.train.checkpoint import Checkpoints
 from tests.train import toy
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 TX = optim.adamw(optim.cosine(0.01, steps=10, warmup=2), weight_decay=0.1)
 
 

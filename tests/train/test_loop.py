@@ -22,6 +22,8 @@ from jqlora.train.progress import Progress
 from tests.train import toy
 from tests.train.test_checkpoint import assert_identical
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 TOTAL = 7
 SCHEDULE = optim.cosine(0.05, steps=TOTAL, warmup=2)
 TX = optim.adamw(SCHEDULE)
