@@ -16,6 +16,7 @@ from jqlora.config import RunConfig
 from jqlora.optim.offload import DEVICE, HOST
 from jqlora.quant import QTensor
 from jqlora.run.memory import Device, Memory, Present, Step, abstract_step, compile_step
+from jqlora.train.by_chunks import chunk_length
 from jqlora.train.residuals import residuals
 from jqlora.train.task_loss import loss_for
 from jqlora_kernels import aot
@@ -94,17 +95,34 @@ def kept(step: Step, *, cudnn: bool) -> tuple[int, int]:
 
 
 def workspace(step: Step, *, cudnn: bool) -> int:
-    """Bytes of a layer at work: decoded matrices, activations and, without cuDNN, scores."""
+    """Bytes of what takes more while it is worked on: a layer, or a chunk of the logits."""
+    return max(of_layer(step, cudnn=cudnn), of_chunk(step))
+
+
+def of_chunk(step: Step) -> int:
+    """Bytes of a chunk of logits, as the head gives them and in fp32; 0 without a vocabulary."""
+    task, data = step.model.task, step.config.data
+    if task not in ("causal-lm", "masked-lm", "seq2seq-lm"):
+        return 0
+    rows = step.config.train.batch_size // step.config.train.accumulate
+    vocabulary: int = step.model.config.vocab_size
+    length = data.target_length if task == "seq2seq-lm" else data.length
+    size = jnp.dtype(step.model.dtype).itemsize
+    return rows * chunk_length(rows, length, vocabulary) * vocabulary * (size + 4)
+
+
+def of_layer(step: Step, *, cudnn: bool) -> int:
+    """Bytes of the largest layer: decoded matrices, activations and, without cuDNN, scores."""
     size = jnp.dtype(step.model.dtype).itemsize
     rows = step.config.train.batch_size // step.config.train.accumulate
     length = step.config.data.length
-    shapes = [
-        leaf.matrix_shape if isinstance(leaf, QTensor) else leaf.shape[-2:]
-        for leaf in tree.flatten(step.params).values()
-        if isinstance(leaf, QTensor) or leaf.ndim == 3
-    ]
-    largest = max(map(math.prod, shapes), default=0)
-    outputs = sum(shape[1] for shape in shapes)
+    stacks: dict[bool, list[tuple[int, ...]]] = {}
+    for path, leaf in tree.flatten(step.params).items():
+        if isinstance(leaf, QTensor) or leaf.ndim == 3:
+            shape = leaf.matrix_shape if isinstance(leaf, QTensor) else leaf.shape[-2:]
+            stacks.setdefault("decoder" in path, []).append(shape)
+    largest = max((math.prod(shape) for shapes in stacks.values() for shape in shapes), default=0)
+    outputs = max((sum(shape[1] for shape in shapes) for shapes in stacks.values()), default=0)
     activations = COPIES * outputs * rows * length * size
     heads = step.model.config.num_attention_heads
     scores = 0 if cudnn else SCORES * rows * heads * length**2 * 4

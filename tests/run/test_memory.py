@@ -141,6 +141,14 @@ def test_offloaded_inputs_of_layers_take_room_on_the_host_alone(_, file, steps):
     assert any("activations, host" in line for line in memory.lines(TARGETS["h100"]))
 
 
+def test_an_estimate_knows_that_a_chunk_of_logits_may_outweigh_a_layer(file, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(MODEL | {"vocab_size": 2**17}))
+    small = estimate_step(read_config([file]), "as a test")
+    large = estimate_step(read_config([file], [f"model.source={tmp_path}"]), "as a test")
+    chunk = 2 * 128 * 2**17 * (2 + 4)  # rows, tokens, vocabulary; bytes in bf16 and in fp32
+    assert small.temporaries < chunk < large.temporaries < chunk + small.temporaries
+
+
 def test_without_the_compiler_it_is_estimated_and_says_what_to_install(file, monkeypatch, capsys):
     monkeypatch.setattr(aot, "missing", lambda: "there is no ptxas: pip install 'jqlora[aot]'")
     assert main(["plan", str(file), "model.remat=full", "--device", "l4"]) == 0
