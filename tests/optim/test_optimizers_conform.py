@@ -15,6 +15,8 @@ from jqlora.train import TrainState, make_train_step
 from jqlora.train.checkpoint import Checkpoints
 from tests.train import toy
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 STEPS, SAVED_AT = 24, 5
 WIDTH, RANK, VOCABULARY = 64, 72, toy.VOCABULARY
 
