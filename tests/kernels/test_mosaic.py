@@ -17,6 +17,7 @@ from jqlora.quant import FP4, INT8, NF4, fp4_codebook, nf4_codebook, quantize, w
 from jqlora_kernels.dequantize_blockwise import dequantize_blockwise
 from jqlora_kernels.layouts import HOPPER
 from jqlora_kernels.quantized_matmul import quantized_matmul, reference
+from tests.draws import draws
 
 mgpu = pytest.importorskip("jax.experimental.mosaic.gpu")
 plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
@@ -97,7 +98,7 @@ def test_the_registers_of_operands_are_where_the_layout_of_codes_supposes():
 
 def stack(spec, inputs, outputs):
     """(operands in bitsandbytes' layout, the same in the kernel's) of two random matrices."""
-    q = quantize(jax.random.normal(jax.random.key(inputs), (2, inputs, outputs)) / 10, spec)
+    q = quantize(draws(inputs)((2, inputs, outputs), 1 / 10), spec)
     return q.kernel_operands(), with_layout(q, HOPPER).kernel_operands()
 
 
@@ -106,7 +107,7 @@ def stack(spec, inputs, outputs):
 def test_products_and_gradients_agree_with_the_definition_and_do_not_race(spec, dtype, shape):
     rows, inputs, outputs = shape
     plain, packed = stack(spec, inputs, outputs)
-    x = jax.random.normal(jax.random.key(1), (rows, inputs)).astype(dtype)
+    x = draws(1)((rows, inputs), dtype=dtype)
     multiply = functools.partial(quantized_matmul, block=spec.block, features=outputs)
 
     def both(operands, **options):
@@ -136,7 +137,7 @@ def test_decoding_agrees_bit_for_bit_with_the_definition(spec, dtype):
 @needs_interpreter
 def test_many_rows_are_multiplied_by_the_matrix_decoded_once():
     plain, packed = stack(NF4(), 128, 128)
-    x = jax.random.normal(jax.random.key(1), (3, 128)).astype(jnp.bfloat16)
+    x = draws(1)((3, 128), dtype=jnp.bfloat16)
     for name in ("quantized_matmul", "transposed"):
         options = {"block": 64, "features": 128}
         made = {"layout": HOPPER, "interpret": True, "fused_rows": 2}
@@ -152,8 +153,8 @@ def test_the_fast_mode_stays_within_its_budget():
     # scale, product): 3u + 3u^2 + u^3 < 3.02u. The sum over K adds up those of its terms, and is
     # itself rounded; accumulating in fp32 is smaller by 2^-16 and covered by the same 0.02.
     u, spec, (rows, inputs, outputs) = 2.0**-8, NF4(double_quant=True), (20, 256, 128)
-    q = quantize(jax.random.normal(jax.random.key(0), (inputs, outputs)) / 10, spec)
-    x = jax.random.normal(jax.random.key(1), (rows, inputs)).astype(jnp.bfloat16)
+    q = quantize(draws(0)((inputs, outputs), 1 / 10), spec)
+    x = draws(1)((rows, inputs), dtype=jnp.bfloat16)
     y = pallas_mosaic.quantized_matmul(
         x,
         *with_layout(q, HOPPER).kernel_operands(),

@@ -11,7 +11,11 @@ from jqlora.models.outputs import EncoderOutput, QuestionAnsweringOutput  # noqa
 from jqlora.train import causal_lm_loss, loss_for  # noqa: E402
 from tests.models import encoders, seq2seq  # noqa: E402
 
-pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.parity,
+    pytest.mark.usefixtures("compile_quickly"),
+    pytest.mark.filterwarnings("ignore"),
+]
 SEQUENCE = encoders.SEQUENCE
 generator = np.random.default_rng(3)
 FLOATS, ONE = generator.normal(size=(3, 3)).astype(np.float32), generator.normal(size=3)
