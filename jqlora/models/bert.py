@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jqlora.models.attention import attend
+from jqlora.models.attention import Attention, attend
 from jqlora.models.encoder import Embeddings, EncoderLayer, dense
 from jqlora.models.encoder_config import EncoderConfig
 from jqlora.models.encoder_stack import run_stack
@@ -20,6 +20,7 @@ class Shared:
     """What every layer of one call shares."""
 
     attending: Attending
+    attention: Attention = struct.field(pytree_node=False)
 
     @property
     def emit_hidden(self) -> bool:
@@ -45,9 +46,9 @@ class BertSelfAttention(nn.Module):
             return y.reshape(*x.shape[:2], config.num_attention_heads, config.head_dim)
 
         everywhere = jnp.asarray(False)  # no layer has a window
-        scale = config.head_dim**-0.5
+        options = {"attention": shared.attention, "scale": config.head_dim**-0.5}
         parts = heads("query"), heads("key"), heads("value")
-        return attend(*parts, shared.attending, everywhere, None, attention="auto", scale=scale)[0]
+        return attend(*parts, shared.attending, everywhere, None, **options)[0]
 
 
 class BertEncoder(nn.Module):
@@ -94,6 +95,7 @@ class BertModel(nn.Module):
     types: Any
     scan: bool
     remat: Remat
+    attention: Attention
     pooled: bool
 
     def setup(self) -> None:
@@ -117,7 +119,7 @@ class BertModel(nn.Module):
             positions = default_positions(self.config, input_ids)
         attending = Attending.both_ways(attention_mask, emit_hidden=emit_hidden)
         x = embedded = self.embeddings(input_ids, token_type_ids, positions)
-        x, hidden = self.encoder(x, Shared(attending))
+        x, hidden = self.encoder(x, Shared(attending, self.attention))
         if hidden is not None:
             hidden = jnp.concatenate([embedded[None], hidden])
         return self.pooler(x) if self.pooled else x, hidden

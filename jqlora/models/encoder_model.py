@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from jqlora.errors import CheckpointError
+from jqlora.models.attention import Attention, implementation
 from jqlora.models.bert import BertModel
 from jqlora.models.deberta import DebertaModel
 from jqlora.models.encoder_config import EncoderConfig
 from jqlora.models.heads import HEADS
 from jqlora.models.outputs import EncoderOutput, QuestionAnsweringOutput
-from jqlora.models.stack import Remat
+from jqlora.models.stack import Remat, check_options
 
 
 class EncoderForTask(nn.Module):
@@ -20,8 +21,9 @@ class EncoderForTask(nn.Module):
 
     ``scan`` stacks the layers' parameters on a lead axis [L] under ``layer``; without it they live
     under ``layer_0``, ``layer_1``, ... . ``remat`` "full" keeps only each layer's input for the
-    backward pass, "offload" in pinned host memory, "dots" the projections' outputs too. There is
-    no dropout but the adapters'.
+    backward pass, "offload" in pinned host memory, "dots" the projections' outputs too.
+    ``attention`` is as for :class:`~jqlora.models.causal.CausalLM`; DeBERTa's has a bias on its
+    scores and is XLA's alone. There is no dropout but the adapters'.
     """
 
     config: EncoderConfig
@@ -30,15 +32,18 @@ class EncoderForTask(nn.Module):
     param_dtype: Any = jnp.float32
     scan: bool = True
     remat: Remat = "none"
+    attention: Attention = "auto"
 
     def setup(self) -> None:
         config, base_name = self.config, self.config.kind.base
+        check_options(self.remat, self.attention)
         types = (("dtype", self.dtype), ("param_dtype", self.param_dtype))
         if config.disentangled is not None:
+            implementation(self.attention, self.dtype, config.head_dim, biased=True)
             base: Any = DebertaModel(config, types, self.scan, self.remat)
         else:
             pooled = base_name == "bert" and self.task == "sequence-classification"
-            base = BertModel(config, types, self.scan, self.remat, pooled)
+            base = BertModel(config, types, self.scan, self.remat, self.attention, pooled)
         head = HEADS[base_name][self.task](config, types)
         for name, module in {base_name: base, **head}.items():
             setattr(self, name, module)

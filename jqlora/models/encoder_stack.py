@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jqlora.models.stack import Remat, check_options, rematerialized
+from jqlora.models.stack import Remat, rematerialized
 
 
 def run_stack(
@@ -27,7 +27,6 @@ def run_stack(
     and ``first`` bool [] says that it is the first. Emitted leaves come back stacked [depth, ...].
     Scanned, the submodule is ``name`` with parameters [depth, ...]; looped, ``name_0`` and so on.
     """
-    check_options(remat, "auto")
     layer = rematerialized(layer, remat, scan=scan)
     first = jnp.arange(depth) == 0
     if scan:

@@ -65,7 +65,7 @@ def estimate_step(config: RunConfig, why: str) -> Memory:
 
 def serves(step: Step) -> bool:
     """Whether a GPU's attention would be cuDNN's."""
-    attention = getattr(step.model, "attention", "xla")
+    attention = step.model.attention
     config: Any = step.model.config
     plain = getattr(config, "attention_softcap", None) is None and step.model.task == "causal-lm"
     half = jnp.dtype(step.model.dtype).itemsize == 2
@@ -81,7 +81,7 @@ def kept(step: Step, *, cudnn: bool) -> tuple[int, int]:
         name: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype)
         for name, leaf in step.batch.items()
     }
-    model = step.model.clone(attention="xla") if hasattr(step.model, "attention") else step.model
+    model = step.model.clone(attention="xla")
     adapters = jax.eval_shape(step.create).adapters
     found = residuals(bind(model, step.plan), loss_for(model), adapters, step.params, batch)
     if cudnn:

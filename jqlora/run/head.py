@@ -112,15 +112,7 @@ def is_weightless(source: str) -> bool:
 
 def ready(config: RunConfig, model: Any) -> Any:
     """The model with the config's rematerialization and attention."""
-    options: dict[str, Any] = {"remat": config.model.remat, "attention": config.model.attention}
-    if not hasattr(model, "attention"):
-        del options["attention"]
-        if config.model.attention != "auto":
-            raise ConfigError(
-                f"model.attention={config.model.attention!r}: {type(model).__name__} has one "
-                "implementation; leave it 'auto'"
-            )
-    return model.clone(**options)
+    return model.clone(remat=config.model.remat, attention=config.model.attention)
 
 
 def fresh_modules(source: str, asked: dict[str, Any]) -> tuple[str, ...]:

@@ -198,7 +198,7 @@ def compile_step(config: RunConfig, target: Device) -> Memory:
     found = abstract_step(config)
     model = found.model
     cudnn = aot.installed("nvidia.cudnn")
-    if getattr(model, "attention", None) == "auto" and not cudnn:
+    if model.attention == "auto" and not cudnn:
         model = model.clone(attention="xla")
     step = make_train_step(
         bind(model, found.plan),

@@ -295,7 +295,6 @@ MISTAKES = {
     "validation without a task": (["data.task=null"], "data.validation needs data.task"),
     "long rows": (["data.length=8"], "tokens, more than the 8 allowed"),
     "more positions than there are": (["data.length=65"], "exceeds the 64 positions"),
-    "attention": (["model.attention=xla"], "one implementation"),
 }
 
 

@@ -10,13 +10,15 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from jqlora.errors import CheckpointError  # noqa: E402
+from jqlora.errors import CheckpointError, ConfigError  # noqa: E402
 from jqlora.models import loop_to_scan, scan_to_loop  # noqa: E402
 from jqlora.models.deberta import position_rows  # noqa: E402
 from jqlora.models.disentangled import Disentangled  # noqa: E402
 from jqlora.models.encoder_config import EncoderConfig  # noqa: E402
 from jqlora.models.encoder_model import build_encoder  # noqa: E402
+from jqlora.run.memory import named  # noqa: E402
 from jqlora.tree import flatten  # noqa: E402
+from jqlora_kernels.aot_targets import TARGETS  # noqa: E402
 from tests.models import encoders  # noqa: E402
 from tests.models.variants import gap  # noqa: E402
 
@@ -111,6 +113,22 @@ def test_bf16_strays_from_float32_no_further_than_transformers_does(base, task):
     assert ours.dtype == jnp.bfloat16
     error = np.linalg.norm(at_real_tokens(ours, inputs) - exact)
     assert error < 1.25 * np.linalg.norm(theirs - exact)
+
+
+def test_a_kernel_without_biases_is_refused_for_scores_that_have_one():
+    encoder = encoders.checkpoint(*ONE_OF_EACH[3])
+    assert encoder.model.config.disentangled is not None
+    model, ids = encoder.model.clone(attention="cudnn"), jnp.ones((1, 2), jnp.int32)
+    with pytest.raises(ConfigError, match=r"cudnn.*bias"):
+        model.apply({"params": encoder.params}, ids)
+
+
+def test_attention_may_be_xlas_on_a_device_that_would_have_cudnns():
+    encoder = encoders.checkpoint(*ONE_OF_EACH[0])
+    model = encoder.model.clone(attention="xla", dtype=jnp.bfloat16)
+    with named(TARGETS["h100"]):
+        trace = jax.make_jaxpr(model.apply)({"params": encoder.params}, jnp.ones((1, 2), jnp.int32))
+    assert "dot_product_attention_fwd" not in str(trace)
 
 
 @pytest.mark.parametrize(("base", "task"), [ONE_OF_EACH[0], ONE_OF_EACH[2], ONE_OF_EACH[3]])
