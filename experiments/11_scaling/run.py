@@ -106,7 +106,7 @@ def draw(found: dict[str, dict]) -> None:
     from matplotlib import pyplot
 
     figure, plots = pyplot.subplots(
-        1, len(found), figsize=(15, 2.8), layout="constrained", squeeze=False
+        1, len(found), figsize=(13, 3), layout="constrained", squeeze=False, sharey=True
     )
     for axes, (axis, result) in zip(plots[0], found.items(), strict=True):
         axes.loglog(result["sizes"], result["seconds"], "o-", color="#4477aa")
@@ -114,6 +114,7 @@ def draw(found: dict[str, dict]) -> None:
         axes.set_xticks(result["sizes"], result["sizes"])
         axes.minorticks_off()
         axes.set_xlabel(axis)
+    plots[0, 0].set_yticks((0.1, 0.3, 1, 3), ("0.1", "0.3", "1", "3"))
     plots[0, 0].set_ylabel("seconds a step")
     figure.savefig(HERE / "scaling.png", dpi=150)
 
