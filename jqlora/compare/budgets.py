@@ -16,14 +16,16 @@ budgets, or, where fp32 itself does no better, no further away than twice what t
 after some layers, and by how much depends on the checkpoint: no fixed number is both safe and
 sharp. So each side is held to the exact result, that is, the same bf16 weights computed by
 transformers in fp32, and ours may lie no further from it than theirs does, which runs under
-autocast, as ``transformers.Trainer`` does with ``bf16``. Errors are root mean
-squares of the distance, as multiples of theirs (where theirs is below one rounding of the result,
-of that). A quarter more is allowed for chance in states, logits, all gradients together and the
-whole trained adapter, which are thousands of numbers; a factor of two, one bit, in losses and
-single leaves of the gradient, which are few. A leaf that few tokens reach, as those behind the one
-token that is classified, sums so few roundings that theirs may cancel by luck; so a leaf is held
-against the root mean square of their distance over all leaves where its own is smaller. Logits that
-are few, as those of a regression, are judged as such a leaf, with the distance of the last states.
+autocast, as ``transformers.Trainer`` does with ``bf16``. Errors are root mean squares of the
+distance, as multiples of theirs (where theirs is below one rounding of the result, of that). Every
+feature of a state counts relative to its own size: in SmolLM2-135M two numbers are 20,000 where the
+third is 1,700 ("massive activations", arXiv:2402.17762), and nothing else would be measured. A
+quarter more is allowed for chance in states, logits, all gradients together and the whole trained
+adapter, which are thousands of numbers; a factor of two, one bit, in losses and single leaves of
+the gradient, which are few. A leaf that few tokens reach, as those behind the one token that is
+classified, sums so few roundings that theirs may cancel by luck; so a leaf is held against the root
+mean square of their distance over all leaves where its own is smaller. Logits that are few, as
+those of a regression, are judged as such a leaf, with the distance of the last states.
 
 The leaves of the trained adapter are not judged one by one: AdamW divides each entry by its size,
 so entries whose gradient vanishes go where rounding sends them, on either side. Files are compared

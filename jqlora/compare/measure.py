@@ -114,7 +114,8 @@ def _hidden(
             raise ValueError(f"{field}: {len(mine)} states here, {len(states)} there")
         for i, name in enumerate(layer_names(field, len(states), stacks)):
             reference = None if exact is None else exact.hidden[field][i]
-            yield _array("hidden states", name, mine[i], states[i], reference, budgets)
+            arrays = (mine[i], states[i], reference)
+            yield _array("hidden states", name, *arrays, budgets, by_feature=True)
 
 
 def _logits(
@@ -138,12 +139,11 @@ def _array(
     theirs: Any,
     exact: Any,
     budgets: Budgets,
-    *,
-    usual: float | None = None,
+    **options: Any,
 ) -> Measurement:
-    """``usual`` is for an array of few numbers: what :func:`_measured` takes it for."""
+    """``options`` are those of :func:`_measured`."""
     span = float(theirs.max() - theirs.min())
-    return _measured(quantity, name, ours, theirs, exact, span, budgets, usual=usual)
+    return _measured(quantity, name, ours, theirs, exact, span, budgets, **options)
 
 
 def _with_gradient(gradients: Arrays) -> list[str]:
@@ -220,10 +220,12 @@ def _measured(
     whole: bool = False,
     floor: float = 0.0,
     usual: float | None = None,
+    by_feature: bool = False,
 ) -> Measurement:
     """``whole``: fp32 is judged by root mean squares instead of by the largest difference.
     ``floor`` is the least size whose rounding counts. In bf16, ``usual`` says that these are few
-    numbers, and their side's relative distance from the exact result in others like them."""
+    numbers, and their side's relative distance from the exact result in others like them, and
+    ``by_feature`` that every feature on the last axis counts relative to its own size."""
     if ours.shape != theirs.shape:
         raise ValueError(f"{quantity}, {name}: shape {ours.shape} here, {theirs.shape} there")
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
@@ -235,13 +237,20 @@ def _measured(
         exact = np.asarray(exact, np.float64)
         if budgets.calibrated:
             share = max(ROUNDING, usual or 0.0)
-            noise = max(_rms(theirs - exact), share * max(_rms(exact), floor))
+            unit = _of_features(exact) if by_feature else 1.0
+            noise = max(_rms((theirs - exact) / unit), share * max(_rms(exact / unit), floor))
             limit = limit if usual is None else budgets.limits["gradients"]
-            error = _ratio(_rms(ours - exact), noise)
+            error = _ratio(_rms((ours - exact) / unit), noise)
         else:
             error = _ratio(size(ours - exact), scale)
             limit = max(limit, NO_FURTHER * _ratio(size(theirs - exact), scale))
     return Measurement(quantity, name, largest, _ratio(largest, span), error, limit)
+
+
+def _of_features(states: np.ndarray) -> np.ndarray:
+    """Root mean square of each feature [D] over the tokens; of all of them where one is zero."""
+    sizes = np.sqrt(np.mean(np.square(states.reshape(-1, states.shape[-1])), axis=0))
+    return np.where(sizes > 0, sizes, _rms(states) or 1.0)
 
 
 def _losses(

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from jqlora.cli import main
+from jqlora.compare.measure import measure
+from jqlora.compare.observation import Observation
 
 pytestmark = [
     pytest.mark.usefixtures("compile_quickly", "keep_programs"),
@@ -146,6 +148,30 @@ def test_the_exact_result_is_nowhere_rounded_to_fp32(toy):
     assert float(np.float32(narrow)) == narrow
     assert float(np.float32(wide)) != wide  # transformers takes logits to fp32 for the loss
     assert abs(narrow - wide) < 1e-6 * wide
+
+
+def test_a_state_that_is_massive_hides_no_other():
+    rng = np.random.default_rng(0)
+    exact = rng.normal(size=(2, 16, 32)).astype(np.float32)
+    exact[0, 0, 0] = 2e4
+    noise = rng.normal(size=(2, *exact.shape)).astype(np.float32) / 64
+
+    def error(ours):
+        seen = (
+            Observation({"hidden_states": [states]}, {}, {"a": np.ones(4)}, [1.0], {}, {"a": exact})
+            for states in (ours, exact + noise[1], exact)
+        )
+        mine, theirs, true = seen
+        found = measure(mine, theirs, dtype="bfloat16", stacks=["layers"], exact=true)
+        return next(one for one in found if one.quantity == "hidden states")
+
+    near = exact + noise[0]
+    massive, others = near.copy(), exact + 2 * noise[0]
+    massive[0, 0, 0] += 100
+    others[0, 0, 0] = 2e4
+    assert error(near).passed
+    assert error(massive).passed
+    assert not error(others).passed
 
 
 @pytest.mark.parity
