@@ -92,7 +92,10 @@ def quantized_otherwise(dense: Any, folder: Path) -> tuple[int, int]:
         pairs = zip(_halves(codes.numpy()), _halves(reader.read(name)), strict=True)
         same = all(np.array_equal(table[theirs], table[ours]) for theirs, ours in pairs)
         scales = state.absmax.numpy(), reader.read(f"{name}.absmax").ravel()
-        alike = _nearly(*scales, state.state2.code.numpy()) if nested else np.array_equal(*scales)
+        if state.state2 is None or state.state2.code is None:
+            alike = np.array_equal(*scales)
+        else:
+            alike = _nearly(*scales, state.state2.code.numpy())
         count, different = count + 1, different + int(not same or not alike)
     return count, different
 
