@@ -16,19 +16,24 @@ from jqlora_kernels import aot
 WIDTH, HIDDEN, LAYERS, TOKENS, VOCABULARY = 64, 192, 3, 24, 320
 
 
-def step_of(remat, scan=True):
-    """(apply, adapters, params, batch) of a small QLoRA step, all of it abstract."""
+def model_of(remat, *, width=WIDTH, heads=4, kv_heads=4, **options):
+    """A small Llama in bf16."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
+        hidden_size=width,
         intermediate_size=HIDDEN,
         num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=16,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=width // heads,
     )
     types = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
-    model = LlamaForCausalLM(config, remat=remat, scan=scan, **types)
+    return LlamaForCausalLM(config, remat=remat, **types, **options)
+
+
+def step_of(remat, scan=True):
+    """(apply, adapters, params, batch) of a small QLoRA step, all of it abstract."""
+    model = model_of(remat, scan=scan)
     params = quantize_params(abstract_params(model), NF4(double_quant=True))
     planned = plan(model, params, LoRA(rank=2))
     adapters = jax.eval_shape(lambda: init(jax.random.key(0), planned))
@@ -78,17 +83,7 @@ NO_CUDNN = aot.missing() or None if aot.installed("nvidia.cudnn") else "cuDNN is
 @pytest.mark.skipif(NO_CUDNN is not None, reason=str(NO_CUDNN))
 @pytest.mark.parametrize(("remat", "times"), [("none", 1), ("dots", 1), ("full", 2)])
 def test_a_policy_that_keeps_products_keeps_what_attention_of_cudnn_returns(remat, times):
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=64,
-    )
-    types = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
-    model = LlamaForCausalLM(config, attention="cudnn", remat=remat, **types)
+    model = model_of(remat, width=128, heads=2, kv_heads=1, attention="cudnn")
     apply = bind(model)
 
     def total(params, batch):
