@@ -5,7 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from jqlora_kernels import aot, aot_assembly
 from jqlora_kernels.aot_cases import Case, cases
@@ -86,22 +85,19 @@ def test_stacked_codes_are_used_where_they_lie(backend, device, rows):
 
 @pytest.mark.aot
 @pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
-def test_nothing_is_kept_of_a_program_that_cannot_be_loaded(tmp_path):
-    settings = {
-        "jax_compilation_cache_dir": (str(tmp_path), None),
-        "jax_persistent_cache_min_compile_time_secs": (0.0, 1.0),
-    }
-    for at in range(2):
-        for name, values in settings.items():
-            jax.config.update(name, values[at])
-        compilation_cache.reset_cache()
-        if at == 0:
-            for _ in range(2):
-                aot.compile_for(TARGETS["h100"], jnp.sin, jnp.ones(8))
-            jax.jit(jnp.cos)(jnp.ones(8))
-    kept = {path.name.split("-")[0] for path in tmp_path.iterdir()}
-    assert "jit_cos" in kept
-    assert "jit_sin" not in kept
+def test_nothing_is_kept_of_a_program_that_cannot_be_loaded(keep_programs, programs):
+    def absent(x):
+        return jnp.sin(x)
+
+    def present(x):
+        return jnp.cos(x)
+
+    for _ in range(2):
+        aot.compile_for(TARGETS["h100"], absent, jnp.ones(8))
+    jax.jit(present)(jnp.ones(8))
+    kept = {path.name.split("-")[0] for path in programs.iterdir()}
+    assert "jit_present" in kept
+    assert "jit_absent" not in kept
 
 
 def test_a_message_is_read_field_by_field():
