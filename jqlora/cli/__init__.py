@@ -68,6 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     except KeyboardInterrupt:
         print("jqlora: interrupted", file=sys.stderr)
+        if argv is None:  # a process of its own: it waits for no thread that XLA holds
+            sys.stdout.flush()
+            os._exit(128 + signal.SIGINT)
         return 128 + signal.SIGINT
     except BrokenPipeError:  # the reader of our output went away, as in `jqlora plan x | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -10,8 +10,10 @@ from jqlora.attach import init
 from jqlora.config import RunConfig
 from jqlora.io.atomic import atomic_write_json
 from jqlora.methods import Plan
+from jqlora.optim.residence import planned
 from jqlora.run import choices
-from jqlora.run.session import Base, Say, Session, measure_all
+from jqlora.run.session import Say, Session, measure_all
+from jqlora.train.ahead import compiled_ahead
 from jqlora.train.checkpoint import Checkpoints
 from jqlora.train.directory import RunDirectory
 from jqlora.train.evaluate import Evaluation
@@ -19,7 +21,7 @@ from jqlora.train.loop import Every, Fit, ResumableBatches, Trainee, fit, log_ev
 from jqlora.train.metrics import MetricsLog, read_metrics
 from jqlora.train.progress import Progress
 from jqlora.train.state import TrainState
-from jqlora.types import Adapters
+from jqlora.types import Adapters, Params
 
 
 class Batches(ResumableBatches, Protocol):
@@ -61,7 +63,7 @@ def carry_out(
     trainees = [
         Trainee(
             log=MetricsLog(session.run.metrics, through=done if restored is not None else None),
-            schedule=choices.schedule(session.config.train, total),
+            schedule=jax.jit(choices.schedule(session.config.train, total)),
             lost=lost(name),
             name=name,
         )
@@ -91,16 +93,41 @@ def carry_out(
 
 
 def first_state(
-    config: RunConfig, plan: Plan, base: Base, tx: optax.GradientTransformation
+    config: RunConfig, plan: Plan, params: Params, tx: optax.GradientTransformation
 ) -> TrainState:
     """Before the first update; all that is random in it follows from the seed."""
     _, state_key = _keys(config)
-    return TrainState.create(_first_adapters(config, plan, base), tx, state_key)
+    return TrainState.create(_first_adapters(config, plan, params), tx, state_key)
 
 
-def _first_adapters(config: RunConfig, plan: Plan, base: Base) -> Adapters:
+def compiled_for_first(
+    run: RunDirectory,
+    step: Any,
+    create: Callable[[Params], Any],
+    params: Params,
+    batches: Batches,
+) -> Callable[..., Any]:
+    """``step``, compiled by a thread for the state that ``create`` will make of the base whose
+    shapes are ``params``, or that ``run`` has a checkpoint of, and for the next of the batches.
+
+    Where some of the state is made in host memory it is compiled when it is called: what is placed
+    where depends on the arrays.
+    """
+    state, away = planned(create, params)
+    if any(jax.tree.leaves(away)):
+        return step
+    if Checkpoints(run.checkpoints).steps():  # what is restored is bound to its device
+        home = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        state = jax.tree.map(lambda leaf: leaf.update(sharding=home), state)
+    position = batches.get_state()
+    batch = next(batches)
+    batches.set_state(position)
+    return compiled_ahead(step, state, params, batch)
+
+
+def _first_adapters(config: RunConfig, plan: Plan, params: Params) -> Adapters:
     adapter_key, _ = _keys(config)
-    return init(adapter_key, plan, base.params, dtype=config.method.dtype)
+    return init(adapter_key, plan, params, dtype=config.method.dtype)
 
 
 def _keys(config: RunConfig) -> jax.Array:
@@ -122,7 +149,7 @@ def _measure_untrained(
         before = session.run.read_before_after().get("before", before)
         if before is None:
             progress.say("measuring the model as it was before training")
-            fresh = _first_adapters(session.config, session.plan, session.base)
+            fresh = _first_adapters(session.config, session.plan, session.base.params)
             before = measure_all(session, fresh)
         atomic_write_json(session.run.before_after, {"before": before})
         evaluations = {name: Evaluation.of(found) for name, found in before["evaluations"].items()}

@@ -7,17 +7,16 @@ from typing import Any
 
 import flax.linen as nn
 
-from jqlora.attach import bind, plan
+from jqlora.attach import bind
 from jqlora.config import RunConfig
-from jqlora.io import load, load_tokenizer
+from jqlora.io import Cache, load, load_tokenizer
 from jqlora.methods import Plan
 from jqlora.run import choices
 from jqlora.run.answers import Answerer, check_answers
 from jqlora.run.data import RunData, read_records_of
-from jqlora.run.head import Chosen, ready
 from jqlora.run.keeping import keep
 from jqlora.run.loading import LoadingBar
-from jqlora.run.sizes import plan_run
+from jqlora.run.sizes import Sizes, plan_run
 from jqlora.run.tasks import outputs_of, read_task
 from jqlora.train.directory import RunDirectory
 from jqlora.train.evaluate import Evaluation, evaluate, make_eval_step
@@ -29,11 +28,13 @@ Say = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """The head and the method, the tokenizer and the encoded records."""
+    """The model in shapes with its plan, the tokenizer, the encoded records, and where codes are
+    kept."""
 
-    chosen: Chosen
+    sizes: Sizes
     tokenizer: Any
     data: RunData
+    cache: Cache | None
 
 
 def prepare(config: RunConfig, say: Say) -> Prepared:
@@ -47,7 +48,7 @@ def prepare(config: RunConfig, say: Say) -> Prepared:
     choices.optimizer_of(config, sizes.plan, data.loader.total_steps)  # its schedule may not fit
     for line in (*sizes.lines(), *data.messages):
         say(line)
-    return Prepared(sizes.chosen, tokenizer, data)
+    return Prepared(sizes, tokenizer, data, keep(config.model.cache, say))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,26 +81,24 @@ class Session:
 
 
 def open_session(config: RunConfig, run: RunDirectory, prepared: Prepared, say: Say) -> Session:
-    """Load the weights and plan the adapters."""
-    base = open_base(config, prepared, say)
-    planned = plan(base.model, base.params, choices.adapter_spec(prepared.chosen.method))
+    """Load the weights."""
+    base, planned = open_base(config, prepared, say), prepared.sizes.plan
     measured_by = instruments(config, prepared, base, bind(base.model, planned))
     return Session(config, run, base, planned, prepared.data, measured_by)
 
 
 def open_base(config: RunConfig, prepared: Prepared, say: Say) -> Base:
     """Load the weights."""
-    chosen, begin = prepared.chosen, time.perf_counter()
+    sizes, begin = prepared.sizes, time.perf_counter()
     with LoadingBar(config.model.source, say) as bar:
-        model, params = load(
+        _, params = load(
             config.model.source,
             seed=config.data_seed,
-            cache=keep(config.model.cache, say),
+            cache=prepared.cache,
             progress=bar,
-            **chosen.loading,
+            **sizes.chosen.loading,
         )
-    seconds = time.perf_counter() - begin
-    return Base(ready(config, model), params, seconds)
+    return Base(sizes.model, params, time.perf_counter() - begin)
 
 
 def instruments(

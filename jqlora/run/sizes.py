@@ -18,6 +18,7 @@ from jqlora.run import choices
 from jqlora.run.data import check_length
 from jqlora.run.head import Chosen, choose, describe_model
 from jqlora.train.usage import readable_bytes
+from jqlora.types import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Sizes:
 
     chosen: Chosen
     model: Any
+    params: Params
+    """Shapes."""
     plan: Plan
     budget: Budget | None
     """Of AdaLoRA."""
@@ -117,6 +120,7 @@ def plan_run(config: RunConfig, *, weightless: bool = False) -> Sizes:
     return Sizes(
         chosen=chosen,
         model=model,
+        params=params,
         plan=sites,
         budget=budget,
         base=footprint(params),

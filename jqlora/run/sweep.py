@@ -12,14 +12,14 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
-from jqlora.attach import bind, plan
+from jqlora.attach import bind
 from jqlora.config import RunConfig, dump_config, read_config
 from jqlora.config.grid import Grid
 from jqlora.graft import CONSTANTS
 from jqlora.io.atomic import atomic_write_json, atomic_write_text
 from jqlora.methods import Plan
 from jqlora.run import choices
-from jqlora.run.carrying import carry_out, first_state
+from jqlora.run.carrying import carry_out, compiled_for_first, first_state
 from jqlora.run.comparison import compare_members
 from jqlora.run.data import check_warmup, read_records_of
 from jqlora.run.session import (
@@ -42,7 +42,7 @@ from jqlora.train.loss import Batch
 from jqlora.train.state import TrainState
 from jqlora.train.task_loss import loss_for
 from jqlora.train.together import Together, make_joint_step
-from jqlora.types import Adapters
+from jqlora.types import Adapters, Params
 
 
 def sweep(grid: Grid, *, say: Say = say_on_stderr) -> Outcome:
@@ -88,7 +88,7 @@ def prepare_all(configs: Mapping[str, RunConfig], say: Say) -> dict[str, Prepare
             data[seed] = read_records_of(config, found[first].tokenizer)
         check_warmup(config, data[seed].loader)
         choices.optimizer_of(config, sizes.plan, data[seed].loader.total_steps)
-        found[name] = Prepared(sizes.chosen, found[first].tokenizer, data[seed])
+        found[name] = dataclasses.replace(found[first], sizes=sizes, data=data[seed])
     return found
 
 
@@ -99,38 +99,41 @@ def _train(
     say: Say,
 ) -> Outcome:
     config, first = next(iter(configs.values())), next(iter(prepared.values()))
-    base = open_base(config, first, say)
-    plans = [
-        plan(base.model, base.params, choices.adapter_spec(p.chosen.method))
-        for p in prepared.values()
+    plans = [one.sizes.plan for one in prepared.values()]
+    batches = JointBatches([one.data.loader for one in prepared.values()])
+    optimizers = [
+        choices.optimizer_of(member, own, batches.total_steps)
+        for member, own in zip(configs.values(), plans, strict=True)
     ]
-    total = first.data.loader.total_steps
-    applies, optimizers, states = [], [], []
-    for member, own in zip(configs.values(), plans, strict=True):
-        applies.append(bind(base.model, own))
-        optimizers.append(choices.optimizer_of(member, own, total))
-        states.append(first_state(member, own, base, optimizers[-1]))
-    measures = _measures(instruments_of(config, first, base, plans), plans, states)
+
+    def create(params: Params) -> Together:
+        each = zip(configs.values(), plans, optimizers, strict=True)
+        return Together(tuple(first_state(member, own, params, tx) for member, own, tx in each))
+
+    step = make_joint_step(
+        [bind(first.sizes.model, own) for own in plans],
+        optimizers,
+        accumulate=config.train.accumulate,
+        loss=loss_for(first.sizes.model),
+        one_batch=batches.one,
+        say=say,
+    )
+    step = compiled_for_first(run, step, create, first.sizes.params, batches)
+    base = open_base(config, first, say)
+    state = create(base.params)
+    measures = _measures(instruments_of(config, first, base, plans), plans, state.members)
     sessions = {
         name: Session(
             configs[name], RunDirectory(run.members / name), base, own, prepared[name].data, how
         )
         for name, own, how in zip(configs, plans, measures, strict=True)
     }
-    batches = JointBatches([session.data.loader for session in sessions.values()])
     result = carry_out(
         run,
         sessions,
-        Together(tuple(states)),
+        state,
         members=lambda state: state.members,
-        step=make_joint_step(
-            applies,
-            optimizers,
-            accumulate=config.train.accumulate,
-            loss=loss_for(base.model),
-            one_batch=batches.one,
-            say=say,
-        ),
+        step=step,
         batches=batches,
         lost=lambda name: functools.partial(_set_aside, name, say),
         say=say,

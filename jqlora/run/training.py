@@ -19,7 +19,7 @@ from jqlora.io.atomic import atomic_write_json, atomic_write_text
 from jqlora.io.peft import save_adapter
 from jqlora.methods import Plan
 from jqlora.run import choices
-from jqlora.run.carrying import carry_out, first_state
+from jqlora.run.carrying import carry_out, compiled_for_first, first_state
 from jqlora.run.session import Prepared, Say, Session, measure_all, open_session, prepare
 from jqlora.run.summary import summarize
 from jqlora.train.directory import RunDirectory
@@ -62,21 +62,25 @@ def train(config: RunConfig, *, say: Say = say_on_stderr) -> Outcome:
 
 def train_in(config: RunConfig, run: RunDirectory, prepared: Prepared, say: Say) -> Outcome:
     """Train in a directory that is made and locked, from its last checkpoint if it has one."""
+    sizes, loader = prepared.sizes, prepared.data.loader
+    tx = choices.optimizer_of(config, sizes.plan, loader.total_steps)
+    create = functools.partial(first_state, config, sizes.plan, tx=tx)
+    step = make_train_step(
+        bind(sizes.model, sizes.plan),
+        tx,
+        accumulate=config.train.accumulate,
+        loss=loss_for(sizes.model),
+        say=say,
+    )
+    step = compiled_for_first(run, step, create, sizes.params, loader)
     session = open_session(config, run, prepared, say)
-    tx = choices.optimizer_of(config, session.plan, prepared.data.loader.total_steps)
     result = carry_out(
         run,
         {"": session},
-        first_state(config, session.plan, session.base, tx),
+        create(session.base.params),
         members=lambda state: (state,),
-        step=make_train_step(
-            bind(session.base.model, session.plan),
-            tx,
-            accumulate=config.train.accumulate,
-            loss=loss_for(session.base.model),
-            say=say,
-        ),
-        batches=prepared.data.loader,
+        step=step,
+        batches=loader,
         lost=lambda _: functools.partial(stop_at, run.bad_batch),
         say=say,
     )

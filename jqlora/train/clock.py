@@ -19,8 +19,8 @@ class Clock:
 
     @contextmanager
     def call(self, shape: Hashable) -> Iterator[None]:
-        """Around each call of the step: the first one for a ``shape`` of batches compiles, and the
-        first of all starts the clock."""
+        """Around each call of the step: the first one for a ``shape`` of batches compiles, or waits
+        until a thread has, and the first of all starts the clock."""
         begin = time.perf_counter()
         yield
         if shape in self._compiled:

@@ -45,12 +45,14 @@ def cache(common):
 
 @pytest.fixture(scope="session")
 def finished(toy, cache):
-    """The directory of a completed run of ``toy``'s config."""
+    """The directory of a completed run of ``toy``'s config; ``compiled.log`` beside it is what JAX
+    said meanwhile."""
 
     def train(_):
-        process = start("train", toy / "config.yaml", cache=cache)
+        process = start("train", toy / "config.yaml", cache=cache, JAX_LOG_COMPILES="1")
         _, errors = process.communicate(timeout=900)
         assert process.returncode == 0, errors
+        (toy / "compiled.log").write_text(errors)
 
     return made_once(toy / "run", train)
 

@@ -9,14 +9,19 @@ import sys
 from pathlib import Path
 
 
-def start(*words: object, cache: Path) -> subprocess.Popen:
-    """``jqlora *words``, begun; what it says on stderr can be read."""
-    environment = os.environ | {
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
+def start(*words: object, cache: Path, **more: str) -> subprocess.Popen:
+    """``jqlora *words``, begun, with ``more`` in its environment; what it says on stderr can be
+    read."""
+    environment = (
+        os.environ
+        | more
+        | {
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+    )
     return subprocess.Popen(
         [sys.executable, "-m", "jqlora.cli", *map(str, words)],
         env=environment,

@@ -8,6 +8,7 @@ import time
 from jqlora.train.directory import RunDirectory
 from jqlora.train.metrics import WALL_CLOCK, read_metrics
 from tests.cli.process import start
+from tests.train.compilations import STEP
 
 KILLS = 2
 
@@ -44,9 +45,10 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(finished, toy, cach
             break
         words = ["resume", run]
     if not (run / "summary.json").exists():
-        process = start(*words, cache=cache)
+        process = start(*words, cache=cache, JAX_LOG_COMPILES="1")
         _, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors
+        assert errors.count(STEP) == 1
 
     assert rows(run) == rows(finished)
     for name in ("adapter/adapter_model.safetensors", "before_after.json"):

@@ -9,6 +9,7 @@ import pytest
 from jqlora.config import read_config
 from jqlora.train.metrics import read_metrics
 from tests.toy_checkpoint import GENERAL, PROMPT
+from tests.train.compilations import STEP
 
 
 def test_a_run_directory_holds_what_it_promises(finished):
@@ -29,6 +30,11 @@ def test_a_run_directory_holds_what_it_promises(finished):
     }
     for plot in (finished / "plots").iterdir():
         assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_step_is_compiled_once(toy, finished):
+    """By a thread, as the base is loaded: the loop compiles no other."""
+    assert (toy / "compiled.log").read_text().count(STEP) == 1
 
 
 def test_the_written_config_is_resolved_and_absolute(finished, toy):

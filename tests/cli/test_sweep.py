@@ -16,6 +16,7 @@ from jqlora.cli.generate import assigned
 from jqlora.train.joint_batches import JointBatches
 from jqlora.train.metrics import WALL_CLOCK, read_metrics
 from tests.toy_checkpoint import STEPS
+from tests.train.compilations import compilations
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -40,11 +41,13 @@ def swept(toy, tmp_path_factory):
 
     words = ["sweep", str(toy / "config.yaml"), f"output.directory={folder}", "train.save_every=0"]
     words += ["data.general=null", "sample.prompts=[]", "--vary", "method.rank=2,4"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(JointBatches, "__next__", interrupted)
-        assert main(words) == 128 + signal.SIGTERM
-    assert not (folder / "summary.json").exists()
-    assert main(["resume", str(folder)]) == 0
+    with compilations() as compiled:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(JointBatches, "__next__", interrupted)
+            assert main(words) == 128 + signal.SIGTERM
+        assert not (folder / "summary.json").exists()
+        assert main(["resume", str(folder)]) == 0
+    assert not compiled  # but by a thread, as the base was loaded
     return folder
 
 

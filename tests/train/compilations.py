@@ -5,6 +5,9 @@ import logging
 
 import jax
 
+STEP = "XLA compilation of jit(step)"
+"""What JAX's log says whenever a step was compiled."""
+
 
 @contextlib.contextmanager
 def compilations(name="step"):
