@@ -4,6 +4,7 @@ and its tensors named.
 A new architecture is a row here and, if its mathematics is new, one file with its module.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,6 +75,12 @@ class Family:
 
 def abstract_params(model: Any) -> dict[str, Any]:
     """Shapes and dtypes of the model's parameters, nothing allocated."""
+    return jax.tree.map(lambda leaf: leaf, _traced(model))  # a tree of the caller's own
+
+
+@functools.lru_cache(maxsize=4)
+def _traced(model: Any) -> dict[str, Any]:
+    """Names and layout of a checkpoint each ask for the shapes, and a start lays out several."""
     variables = jax.eval_shape(
         lambda inputs: model.init(jax.random.key(0), **inputs), model.example_inputs()
     )
