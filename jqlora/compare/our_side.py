@@ -76,6 +76,14 @@ def keeping() -> optax.GradientTransformation:
     return optax.GradientTransformation(zeros, update)
 
 
+class Trained(NamedTuple):
+    """Gradients of the first step, the loss of each, and the adapters after the last."""
+
+    gradients: Arrays
+    losses: list[float]
+    after: Arrays
+
+
 class OurSide:
     """A model with a plan, compiled for batches of one shape."""
 
@@ -105,6 +113,17 @@ class OurSide:
         self._step = make_train_step(apply, self._tx, loss=loss)
 
     def observe(
+        self, params: Params, adapters: Adapters, batches: list[Batch], *, say: Any = None
+    ) -> Observation:
+        """Run on the first of ``batches``, then :meth:`train` on them."""
+        output = self._forward(adapters, params, _arrays(batches[0]))
+        hidden, logits = seen_in(output, batches[0], _numpy)
+        del output
+        trained = self.train(params, adapters, batches, say=say)
+        before = self._named(adapters)
+        return Observation(hidden, logits, trained.gradients, trained.losses, before, trained.after)
+
+    def train(
         self,
         params: Params,
         adapters: Adapters,
@@ -112,12 +131,9 @@ class OurSide:
         *,
         steps: int | None = None,
         say: Any = None,
-    ) -> Observation:
-        """Run and train on ``batches`` in turn, for the recipe's steps unless told otherwise."""
+    ) -> Trained:
+        """Train on ``batches`` in turn, for the recipe's steps unless told otherwise."""
         steps = self._steps if steps is None else steps
-        output = self._forward(adapters, params, _arrays(batches[0]))
-        hidden, logits = seen_in(output, batches[0], _numpy)
-        del output
         gradients, losses = {}, []
         state: Any = TrainState.create(adapters, self._tx, jax.random.key(0))
         for number in range(steps):
@@ -128,8 +144,7 @@ class OurSide:
                 gradients = self._named(state.opt_state[0].gradients)
             if say is not None:
                 say(number + 1, steps)
-        before, after = self._named(adapters), self._named(state.adapters)
-        return Observation(hidden, logits, gradients, losses, before, after)
+        return Trained(gradients, losses, self._named(state.adapters))
 
     def _named(self, tree: Adapters) -> Arrays:
         return by_file_names(self._plan, tree, self._model)

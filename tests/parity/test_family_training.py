@@ -206,7 +206,7 @@ def test_training_on_codes_equals_training_on_what_they_decode_to(case):
         for path, leaf in flatten(quantized).items()
     }
     on_codes, on_dense = (
-        case.ours.observe(params, case.adapters, case.row.batches, steps=10)
+        case.ours.train(params, case.adapters, case.row.batches, steps=10)
         for params in (quantized, unflatten(dense))
     )
     np.testing.assert_allclose(on_codes.losses, on_dense.losses, rtol=1e-6)
