@@ -20,7 +20,7 @@ from tests.draws import draws
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-gc.set_threshold(50_000, 20, 50)
+gc.set_threshold(50_000)
 
 
 def pytest_collection_finish():
