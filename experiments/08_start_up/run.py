@@ -5,7 +5,8 @@
 ``jqlora train configs/run/demo.yaml`` is started with an empty cache of codes and programs, and
 again with what that left, and interrupted after its first step. The phases are timed by the lines
 that the command says, seen from outside; "imports" ends with the first of them. The model as it was
-before training is measured after that step. Prediction: the second start saves the compilation,
+before training is measured after that step. The step is compiled while the base is loaded; what is
+left of that is in the last phase. Prediction: the second start saves the compilation,
 which is most of it. The aim is 20 seconds. One line goes to ``results.jsonl``, and ``phases.png``
 shows the last one.
 """
