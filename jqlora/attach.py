@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jqlora import products
 from jqlora.errors import AdapterNotReached, UnsupportedSite
 from jqlora.graft import INDEX, OURS, PREFIX, at, check_collections, dense, graft
 from jqlora.methods import FULL, Placement, Plan, assemble, method_of
@@ -250,7 +251,8 @@ def _quantized_dense(
 ) -> jax.Array:
     """What ``nn.Dense`` computes, on codes: x W + bias in the module's dtype."""
     plain = isinstance(module, nn.Dense) and inspect.unwrap(type(module).__call__) is _DENSE_CALL
-    if not plain or module.dot_general or module.dot_general_cls:
+    usual = module.dot_general in (None, products.dot_general) and not module.dot_general_cls
+    if not plain or not usual:
         raise UnsupportedSite(
             f"{'.'.join(module.path)}: a quantized kernel serves a plain nn.Dense, "
             f"not {type(module).__name__} with its own product"

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from jqlora.errors import UnsupportedSite
 from jqlora.methods.base import Leaves, Placement
+from jqlora.products import contract
 
 
 @jax.custom_vjp
@@ -42,11 +42,6 @@ def backward(residuals, g: jax.Array):
     da = contract(gh, x, 0, 0).T.astype(a.dtype)
     db = contract(h, g, 0, 0).astype(b.dtype)
     return dx, da, db, jnp.zeros_like(scale)
-
-
-def contract(x: jax.Array, y: jax.Array, i: int, j: int) -> jax.Array:
-    """Axis ``i`` of one matrix with axis ``j`` of another, in fp32."""
-    return lax.dot_general(x, y, (((i,), (j,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 low_rank.defvjp(forward, backward)

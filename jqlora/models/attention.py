@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jqlora.errors import ConfigError
 from jqlora.models.masks import Attending, reaches
+from jqlora.platforms import traced_platform
 
 Attention: TypeAlias = Literal["auto", "xla", "cudnn"]
 LayerCache: TypeAlias = tuple[jax.Array, jax.Array]
@@ -41,13 +42,7 @@ def implementation(
         return attention
     half = dtype in (jnp.bfloat16, jnp.float16)
     fits = half and head_dim % 8 == 0 and head_dim <= 128
-    return "cudnn" if fits and _platform() == "gpu" else "xla"
-
-
-def _platform() -> str:
-    """Of the device that is traced for: one that an abstract mesh names, or this process's."""
-    named = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if named is None else named.platform
+    return "cudnn" if fits and traced_platform() == "gpu" else "xla"
 
 
 def attend(

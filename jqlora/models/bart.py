@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jqlora.models.activations import ACTIVATIONS
 from jqlora.models.attention import Attention
 from jqlora.models.bart_config import BartConfig, BartSide
+from jqlora.models.linear import Embed
 from jqlora.models.multi_head import MultiHeadAttention, Shared
 from jqlora.models.norm import LayerNorm
 from jqlora.models.projection import project
@@ -81,7 +82,7 @@ class BartStack(nn.Module):
         check_options(self.remat, self.attention)
         config = self.config
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        self.embed_positions = nn.Embed(
+        self.embed_positions = Embed(
             config.max_position_embeddings + OFFSET,
             config.hidden_size,
             embedding_init=nn.initializers.normal(config.initializer_range),
@@ -128,7 +129,7 @@ class BartModel(nn.Module):
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         options = {"scan": self.scan, "remat": self.remat, "attention": self.attention, **types}
         init = nn.initializers.normal(config.initializer_range)
-        self.shared = nn.Embed(config.vocab_size, config.hidden_size, embedding_init=init, **types)
+        self.shared = Embed(config.vocab_size, config.hidden_size, embedding_init=init, **types)
         self.encoder = BartStack(config, config.encoder, decoder=False, **options)
         self.decoder = BartStack(config, config.decoder, decoder=True, **options)
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jqlora.models.attention import Attention, LayerCache
+from jqlora.models.linear import Dense
 from jqlora.models.masks import Attending
 from jqlora.models.outputs import CausalLMOutput, KVCache
 from jqlora.models.preparation import Tokens, append, attending_for, tokens_of
@@ -58,9 +59,7 @@ class CausalLM(nn.Module):
         setattr(self, self.base_name, base)
         if not self.config.tie_word_embeddings:
             init = nn.initializers.normal(self.config.initializer_range)
-            self.lm_head = nn.Dense(
-                self.config.vocab_size, use_bias=False, kernel_init=init, **types
-            )
+            self.lm_head = Dense(self.config.vocab_size, use_bias=False, kernel_init=init, **types)
 
     def __call__(
         self,

@@ -20,6 +20,7 @@ from jqlora.models.disentangled import Disentangled
 from jqlora.models.encoder import Embeddings, EncoderLayer, norm
 from jqlora.models.encoder_config import EncoderConfig
 from jqlora.models.encoder_stack import run_stack
+from jqlora.models.linear import Dense
 from jqlora.models.norm import layer_norm
 from jqlora.models.projection import keep
 from jqlora.models.stack import Remat
@@ -76,9 +77,9 @@ class DisentangledSelfAttention(nn.Module):
     def setup(self) -> None:
         config, extra = self.config, _extra(self.config)
 
-        def projection() -> nn.Dense:
+        def projection() -> Dense:
             init = nn.initializers.normal(config.initializer_range)
-            return nn.Dense(config.hidden_size, kernel_init=init, **dict(self.types))
+            return Dense(config.hidden_size, kernel_init=init, **dict(self.types))
 
         self.query_proj, self.key_proj, self.value_proj = (projection() for _ in range(3))
         if not extra.shared_projections:
@@ -91,7 +92,7 @@ class DisentangledSelfAttention(nn.Module):
         """x [B, T, D] -> [B, T, D]; scores and softmax are float32."""
         config, extra = self.config, _extra(self.config)
 
-        def heads(projection: nn.Dense, of: jax.Array) -> jax.Array:
+        def heads(projection: Dense, of: jax.Array) -> jax.Array:
             y = keep(projection(of))
             return y.reshape(*y.shape[:-1], config.num_attention_heads, config.head_dim)
 
@@ -113,7 +114,7 @@ class DisentangledSelfAttention(nn.Module):
         keys: jax.Array,
         table: jax.Array,
         rows: jax.Array,
-        heads: Callable[[nn.Dense, jax.Array], jax.Array],
+        heads: Callable[[Dense, jax.Array], jax.Array],
     ) -> jax.Array:
         """The terms with positions: float32 [B, H, T, S], or 0 where there are none."""
         extra, scores = _extra(self.config), jnp.zeros((), jnp.float32)

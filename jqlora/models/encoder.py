@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jqlora.models.activations import ACTIVATIONS
 from jqlora.models.encoder_config import EncoderConfig
+from jqlora.models.linear import Dense, Embed
 from jqlora.models.norm import LayerNorm
 from jqlora.models.projection import project
 from jqlora.models.stack import entering
@@ -108,9 +109,9 @@ class Embeddings(nn.Module):
     def setup(self) -> None:
         config, types = self.config, dict(self.types)
 
-        def table(rows: int) -> nn.Embed:
+        def table(rows: int) -> Embed:
             init = nn.initializers.normal(config.initializer_range)
-            return nn.Embed(rows, self.width, embedding_init=init, **types)
+            return Embed(rows, self.width, embedding_init=init, **types)
 
         self.word_embeddings = table(config.vocab_size)
         if self.positioned:
@@ -119,9 +120,7 @@ class Embeddings(nn.Module):
             self.token_type_embeddings = table(config.type_vocab_size)
         if self.width != config.hidden_size:
             init = nn.initializers.normal(config.initializer_range)
-            self.embed_proj = nn.Dense(
-                config.hidden_size, use_bias=False, kernel_init=init, **types
-            )
+            self.embed_proj = Dense(config.hidden_size, use_bias=False, kernel_init=init, **types)
         self.LayerNorm = norm(config, types, name=None)
 
     def __call__(

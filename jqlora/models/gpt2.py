@@ -15,6 +15,7 @@ from jqlora.models.activations import ACTIVATIONS
 from jqlora.models.attention import Attention, LayerCache, attend
 from jqlora.models.causal import CausalLM
 from jqlora.models.gpt2_config import GPT2Config
+from jqlora.models.linear import Embed
 from jqlora.models.masks import Attending
 from jqlora.models.norm import LayerNorm
 from jqlora.models.projection import project
@@ -119,7 +120,7 @@ class GPT2Model(nn.Module):
         config = self.config
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         init = nn.initializers.normal(config.initializer_range)
-        embed = functools.partial(nn.Embed, features=config.hidden_size, embedding_init=init)
+        embed = functools.partial(Embed, features=config.hidden_size, embedding_init=init)
         self.wte = embed(config.vocab_size, **types)
         self.wpe = embed(config.max_position_embeddings, **types)
         self.h = stacked(

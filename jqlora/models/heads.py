@@ -13,6 +13,7 @@ import jax
 from jqlora.models.activations import ACTIVATIONS
 from jqlora.models.encoder import dense, norm
 from jqlora.models.encoder_config import EncoderConfig
+from jqlora.models.linear import Dense
 
 Types = tuple[tuple[str, Any], ...]
 Attend = Callable[[jax.Array], jax.Array]
@@ -105,9 +106,9 @@ def qa_outputs(config: EncoderConfig, types: Types) -> dict[str, nn.Module]:
     return {"qa_outputs": linear(config, types, 2)}
 
 
-def linear(config: EncoderConfig, types: Types, features: int) -> nn.Dense:
+def linear(config: EncoderConfig, types: Types, features: int) -> Dense:
     init = nn.initializers.normal(config.initializer_range)
-    return nn.Dense(features, kernel_init=init, **dict(types))
+    return Dense(features, kernel_init=init, **dict(types))
 
 
 class FirstToken(nn.Module):

@@ -1,7 +1,7 @@
 """Llama, Mistral, Qwen, Gemma and Phi-3: one decoder in plain Linen, its layers scanned or looped.
 
 Module paths are those of the Hugging Face checkpoint without the layer number. Nothing here knows
-adapters or quantization: projections are ``nn.Dense``, the embedding is ``nn.Embed``.
+adapters or quantization: projections are ``Dense``, the embedding is ``Embed``.
 """
 
 import functools
@@ -15,6 +15,7 @@ from jqlora.models.activations import ACTIVATIONS
 from jqlora.models.attention import Attention, LayerCache
 from jqlora.models.causal import CausalLM
 from jqlora.models.config import LlamaConfig
+from jqlora.models.linear import Embed
 from jqlora.models.masks import Attending, Tables
 from jqlora.models.norm import RMSNorm
 from jqlora.models.outputs import KVCache
@@ -109,7 +110,7 @@ class LlamaModel(nn.Module):
         check_options(self.remat, self.attention)
         config = self.config
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        self.embed_tokens = nn.Embed(
+        self.embed_tokens = Embed(
             config.vocab_size,
             config.hidden_size,
             embedding_init=nn.initializers.normal(config.initializer_range),
@@ -188,5 +189,4 @@ class LlamaForCausalLM(CausalLM):
         if rope is None:
             return None
         head_dim, longest = self.config.head_dim, self.config.max_position_embeddings
-        cos, sin = rope_tables(rope, positions, head_dim=head_dim, max_positions=longest)
-        return cos.astype(self.dtype), sin.astype(self.dtype)
+        return rope_tables(rope, positions, head_dim=head_dim, max_positions=longest)

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from jqlora.models.linear import Dense
+
 KEPT = "projection"
 """The name of the outputs that remat "dots" keeps."""
 
@@ -29,7 +31,7 @@ def project(
 ) -> jax.Array:
     """x [..., K] -> [..., ``features``] through the submodule ``name`` of the module whose compact
     call this is."""
-    dense = nn.Dense(
+    dense = Dense(
         features,
         use_bias=use_bias,
         dtype=dtype,

@@ -203,9 +203,15 @@ def rope_tables(
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """``x`` [B, T, heads, head_dim] turned by tables [B | 1, T, rotated] of its own dtype."""
+    """``x`` [B, T, heads, head_dim] turned by tables float32 [B | 1, T, rotated].
+
+    In fp32 and rounded once, where transformers rounds the tables and every product to 16 bits;
+    on a CPU each such rounding keeps the loop from its vector instructions.
+    """
+    dtype = x.dtype
     x, rest = jnp.split(x, [cos.shape[-1]], axis=-1)
+    x = x.astype(jnp.float32)
     first, second = jnp.split(x, 2, axis=-1)
     turned = jnp.concatenate([-second, first], axis=-1)
-    x = x * cos[:, :, None, :] + turned * sin[:, :, None, :]
+    x = (x * cos[:, :, None, :] + turned * sin[:, :, None, :]).astype(dtype)
     return jnp.concatenate([x, rest], axis=-1) if rest.shape[-1] else x

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jqlora.models.attention import Attention, LayerCache
+from jqlora.models.linear import Dense
 from jqlora.models.masks import Attending
 from jqlora.models.multi_head import Shared
 from jqlora.models.outputs import (
@@ -69,10 +70,10 @@ class EncoderDecoder(nn.Module):
             self.classification_head = ClassificationHead(self.config.num_labels, spread, **types)
         if self.task == "question-answering":
             init = nn.initializers.normal(spread)
-            self.qa_outputs = nn.Dense(2, kernel_init=init, **types)
+            self.qa_outputs = Dense(2, kernel_init=init, **types)
         if self.task == "token-classification":
             init = nn.initializers.normal(classifier_spread)
-            self.classifier = nn.Dense(self.config.num_labels, kernel_init=init, **types)
+            self.classifier = Dense(self.config.num_labels, kernel_init=init, **types)
 
     def __call__(
         self,

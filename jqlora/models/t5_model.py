@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jqlora.errors import ConfigError
 from jqlora.models.attention import Attention
+from jqlora.models.linear import Dense, Embed
 from jqlora.models.multi_head import Shared
 from jqlora.models.seq2seq import DecoderCache, EncoderDecoder, Stacked
 from jqlora.models.seq2seq_heads import config_for
@@ -24,7 +25,7 @@ def t5_parts(config: T5Config, *, decoder: bool, options: dict[str, Any]) -> dic
     types = {name: options[name] for name in ("dtype", "param_dtype")}
     init = nn.initializers.normal(config.initializer_factor)
     parts: dict[str, nn.Module] = {
-        "shared": nn.Embed(config.vocab_size, config.hidden_size, embedding_init=init, **types),
+        "shared": Embed(config.vocab_size, config.hidden_size, embedding_init=init, **types),
         "encoder": T5Stack(config, decoder=False, **options),
     }
     if decoder:
@@ -70,7 +71,7 @@ class T5ForTask(EncoderDecoder):
                 setattr(self, name, part)
         if self.task == "seq2seq-lm" and not config.tie_word_embeddings:
             init = nn.initializers.normal(config.initializer_factor)
-            self.lm_head = nn.Dense(config.vocab_size, use_bias=False, kernel_init=init, **types)
+            self.lm_head = Dense(config.vocab_size, use_bias=False, kernel_init=init, **types)
         spread = config.initializer_factor
         self.setup_head(spread * config.hidden_size**-0.5, spread)
 
