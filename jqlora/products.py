@@ -38,7 +38,7 @@ def dot_general(
     if not (plain and dense and half and traced_platform() == "cpu"):
         return lax.dot_general(x, y, dimension_numbers, precision, preferred_element_type)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    product = _half_product(rows, y, of_y[0])
+    product: Any = _half_product(rows, y, of_y[0])
     return product.reshape(*x.shape[:-1], y.shape[1 - of_y[0]])
 
 

@@ -19,5 +19,7 @@ class Embed(nn.Embed):
 
     def attend(self, query: jax.Array) -> jax.Array:
         """``query`` [..., D] against every row: [..., V] in the module's dtype."""
-        query, table = self.promote_dtype(query, self.embedding, dtype=self.dtype)
-        return products.dot_general(query, table, (((query.ndim - 1,), (1,)), ((), ())))
+        x, table = self.promote_dtype(query, self.embedding, dtype=self.dtype)
+        assert x is not None
+        assert table is not None
+        return products.dot_general(x, table, (((x.ndim - 1,), (1,)), ((), ())))
