@@ -1,20 +1,9 @@
 """Lowering for a GPU that is not there."""
 
-import contextlib
-
 import jax
 import pytest
 
-
-def absent_gpu():
-    """From jax 0.11 on, Pallas asks for the device it lowers for; before, it could not be told."""
-    if not hasattr(jax.sharding, "AbstractDevice"):
-        return contextlib.nullcontext()
-    device = jax.sharding.AbstractDevice(
-        device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu"
-    )
-    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
-    return jax.sharding.use_abstract_mesh(mesh)
+from tests.absent_gpu import absent_gpu
 
 
 @pytest.fixture(scope="session")
