@@ -15,8 +15,8 @@ Activation = Callable[[jax.Array], jax.Array]
 
 
 def in_fp32(function: Activation) -> Activation:
-    """``function`` of any float dtype, computed in fp32; what it keeps for its gradient is its
-    argument."""
+    """``function``, whose arguments of 16 bits are computed in fp32; what it keeps of them for its
+    gradient is the argument."""
     again = jax.checkpoint(lambda x: function(x.astype(jnp.float32)), prevent_cse=False)
 
     @functools.wraps(function)
