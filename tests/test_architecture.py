@@ -10,7 +10,7 @@ PACKAGES = {"jqlora": ROOT / "jqlora", "jqlora_kernels": ROOT / "kernels" / "jql
 
 # From the ground up: a module imports from its own layer and those below it, never from above.
 LAYERS = [
-    {"types", "errors", "platforms"},
+    {"types", "errors", "platforms", "processor"},
     {"tree", "products"},
     {"jqlora_kernels"},
     {"quant", "sites", "methods", "models"},

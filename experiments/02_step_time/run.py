@@ -18,12 +18,10 @@ import argparse
 import importlib.util
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -210,9 +208,6 @@ def main() -> None:
         "seconds_per_step": {side: statistics.median(values) for side, values in medians.items()},
         "all_medians": medians,
         "first_loss": first_losses,
-        "machine": platform.processor() or platform.machine(),
-        "versions": {name: version(name) for name in ("jax", "torch", "peft", "bitsandbytes")},
-        "date": time.strftime("%Y-%m-%d"),
     }
     for side, theirs in report["seconds_per_step"].items():
         library, method = side.split("-")
@@ -221,8 +216,9 @@ def main() -> None:
             name = f"ratio_{method}" if library == "peft" else f"ratio_{method}_to_{library}"
             report[name] = ours / theirs
             print(f"{method}: ours ÷ {library} = {ours / theirs:.3f}")
-    with (HERE / "results.jsonl").open("a") as results:
-        results.write(json.dumps(report) + "\n")
+    from jqlora.run.record import record  # not above: a side that is torch's stays without JAX
+
+    record(HERE / "results.jsonl", report, "torch", "peft", "bitsandbytes")
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ import argparse
 import json
 import statistics
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import jax
 import numpy as np
 
 import jqlora as jq
+from jqlora.run.record import record
 
 HERE = Path(__file__).parent
 
@@ -71,11 +71,8 @@ def main() -> None:
         "rank": rank,
         "shape": [rows, length],
         "device": jax.devices()[0].device_kind,
-        "versions": {name: version(name) for name in ("jax", "flax", "optax")},
-        "date": time.strftime("%Y-%m-%d"),
     }
-    with arguments.results.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    record(arguments.results, row, "flax", "optax")
     print(json.dumps(row))
 
 

@@ -19,7 +19,6 @@ import json
 import statistics
 import tarfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -29,6 +28,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 import jqlora as jq
+from jqlora.run.record import record
 from jqlora.train import cross_entropy
 
 HERE = Path(__file__).parent
@@ -180,12 +180,9 @@ def main() -> None:
                         "train_loss": statistics.fmean(losses[-10:]),
                         **judge(params, state.adapters),
                         "seconds": round(time.perf_counter() - begin, 1),
-                        "versions": {name: version(name) for name in ("jax", "flax", "optax")},
-                        "date": time.strftime("%Y-%m-%d"),
                     }
                 )
-                with arguments.results.open("a") as file:
-                    file.write(json.dumps(results[-1]) + "\n")
+                record(arguments.results, results[-1], "flax", "optax")
                 shown = {k: results[-1][k] for k in ("method", "rate", "seed", "test", "seconds")}
                 print(shown, flush=True)
     report(results)

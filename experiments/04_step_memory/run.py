@@ -13,10 +13,8 @@ has anyway. One line a case goes to ``results.jsonl``.
 """
 
 import argparse
-import json
 import os
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -29,6 +27,7 @@ import jqlora as jq
 from jqlora.models import LlamaConfig, LlamaForCausalLM, abstract_params
 from jqlora.optim.residence import planned, planned_residence
 from jqlora.quant import quantize_params
+from jqlora.run.record import record
 from jqlora.train.placement import compiled_bytes, lower_on
 from jqlora_kernels import aot
 from jqlora_kernels.aot_targets import TARGETS
@@ -105,8 +104,6 @@ def main() -> None:
                 "state_on_host_gib": homes.host / GIB,
                 "transfer_seconds_predicted": 2 * homes.host / BUS,
                 "compile_seconds": time.perf_counter() - start,
-                "jax": version("jax"),
-                "date": time.strftime("%Y-%m-%d"),
             }
             print(
                 f"{model:4} {name:13} {row['device_gib']:7.3f} GiB on the device, of which "
@@ -115,8 +112,7 @@ def main() -> None:
                 f"({row['transfer_seconds_predicted']:.3f} s both ways at {BUS / 1e9:.0f} GB/s)",
                 flush=True,
             )
-            with (HERE / "results.jsonl").open("a") as results:
-                results.write(json.dumps(row) + "\n")
+            record(HERE / "results.jsonl", row)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,13 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
-from importlib.metadata import version
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
+
+from jqlora.run.record import record
 
 HERE = Path(__file__).parent
 CONFIG = {
@@ -105,8 +105,6 @@ def main() -> None:
                 "peak_bytes": int(peak),
                 "kept_bytes": int(kept),
                 "peak_to_checkpoint": peak / total,
-                "jax": version("jax"),
-                "date": time.strftime("%Y-%m-%d"),
             }
             print(
                 f"{what:15} {seconds:6.1f} s, peak {peak / 2**30:.2f} GiB = "
@@ -114,8 +112,7 @@ def main() -> None:
                 f"{kept / 2**30:.2f} GiB",
                 flush=True,
             )
-            with (HERE / "conversion.jsonl").open("a") as results:
-                results.write(json.dumps(row) + "\n")
+            record(HERE / "conversion.jsonl", row)
 
 
 if __name__ == "__main__":

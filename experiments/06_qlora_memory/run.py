@@ -17,7 +17,6 @@ import json
 import os
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -25,6 +24,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 from jqlora.config import RunConfig, read_config
 from jqlora.run.estimate import estimate_step
 from jqlora.run.memory import compile_step
+from jqlora.run.record import record
 from jqlora_kernels import aot
 from jqlora_kernels.aot_targets import TARGETS
 
@@ -111,8 +111,6 @@ def measure(case: str, device: str, state: str) -> None:
         "fits": found.fits(TARGETS[device]),
         "bytes": dataclasses.asdict(found),
         "compile_seconds": seconds,
-        "jax": version("jax"),
-        "date": time.strftime("%Y-%m-%d"),
     }
     aim = f" (aim {row['aim_gib']})" if row["aim_gib"] else ""
     off = guessed.peak / found.peak - 1
@@ -122,8 +120,7 @@ def measure(case: str, device: str, state: str) -> None:
         f"{row['estimated_gib']:.3f} ({off:+.1%})",
         flush=True,
     )
-    with (HERE / "results.jsonl").open("a") as results:
-        results.write(json.dumps(row) + "\n")
+    record(HERE / "results.jsonl", row)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """How much sooner is a model loaded into 4 bits the second time, and what memory does it take?
 
-    python experiments/06_loading/run.py                # a checkpoint of 2.3 GB, some three minutes
-    python experiments/06_loading/run.py --layers 40    # a larger one
+    python experiments/07_loading/run.py                # a checkpoint of 2.3 GB, some three minutes
+    python experiments/07_loading/run.py --layers 40    # a larger one
 
 A random Llama-shaped checkpoint in bf16 is written on the spot, in shards. Each start is a process
 of its own that loads it into NF4 with double quantization: without a cache, with an empty one
@@ -17,16 +17,15 @@ One line goes to ``results.jsonl``.
 """
 
 import argparse
-import json
 import os
 import runpy
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from importlib.metadata import version
 from pathlib import Path
+
+from jqlora.run.record import record
 
 HERE = Path(__file__).parent
 write = runpy.run_path(str(HERE.parent / "05_certificates" / "convert.py"))["write"]
@@ -126,13 +125,8 @@ def main() -> None:
         "peak_above_kept_bytes": above,
         "load_seconds": seconds,
         "rounds": arguments.rounds,
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "jax": version("jax"),
-        "date": time.strftime("%Y-%m-%d"),
     }
-    with (HERE / "results.jsonl").open("a") as results:
-        results.write(json.dumps(row) + "\n")
+    record(HERE / "results.jsonl", row)
     assert max(above.values()) <= LARGEST + OVERHEAD, above
 
 

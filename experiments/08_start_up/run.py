@@ -12,15 +12,15 @@ shows the last one.
 """
 
 import argparse
-import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
+
+from jqlora.run.record import record
 
 HERE = Path(__file__).parent
 PHASES = (  # the first line of each that begins so; the phase before it ends there
@@ -96,14 +96,7 @@ def main() -> None:
                 found[which] = start(Path(place) / "cache", Path(place) / which.split()[0])
                 shown = {name: round(seconds, 1) for name, seconds in found[which].items()}
                 print(which, shown, flush=True)
-    row = found | {
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "jax": version("jax"),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    with (HERE / "results.jsonl").open("a") as results:
-        results.write(json.dumps(row) + "\n")
+    record(HERE / "results.jsonl", found)
     draw(found)
 
 

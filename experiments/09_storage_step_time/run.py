@@ -13,11 +13,8 @@ Prediction for two CPU cores, where a layer's decoding is not hidden behind its 
 """
 
 import argparse
-import json
-import os
 import statistics
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -26,6 +23,7 @@ import numpy as np
 
 import jqlora as jq
 from jqlora.models import LlamaConfig, LlamaForCausalLM
+from jqlora.run.record import record
 
 HERE = Path(__file__).parent
 BASES = {
@@ -138,13 +136,8 @@ def main() -> None:
         "seconds": {name: statistics.median(values) for name, values in times.items()},
         "first_loss": losses,
         "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "jax": version("jax"),
-        "date": time.strftime("%Y-%m-%d"),
     }
-    with (HERE / "results.jsonl").open("a") as results:
-        results.write(json.dumps(row) + "\n")
+    record(HERE / "results.jsonl", row)
     draw(ratios)
 
 

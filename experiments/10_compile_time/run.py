@@ -9,11 +9,8 @@ asserted. One line goes to ``results.jsonl``.
 """
 
 import argparse
-import json
-import os
 import statistics
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -21,6 +18,7 @@ import jax.numpy as jnp
 
 import jqlora as jq
 from jqlora.models import LlamaConfig, LlamaForCausalLM
+from jqlora.run.record import record
 
 HERE = Path(__file__).parent
 MODELS = {"8 layers": (8, True), "80 layers": (80, True), "8 layers, unrolled": (8, False)}
@@ -70,13 +68,8 @@ def main() -> None:
     row = {
         "seconds": taken,
         "ratio": ratio,
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "jax": version("jax"),
-        "date": time.strftime("%Y-%m-%d"),
     }
-    with (HERE / "results.jsonl").open("a") as results:
-        results.write(json.dumps(row) + "\n")
+    record(HERE / "results.jsonl", row)
     assert ratio <= 1.2, ratio
 
 

@@ -12,10 +12,7 @@ decoding. One line goes to ``results.jsonl``, and ``scaling.png`` shows the last
 """
 
 import argparse
-import json
-import os
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ import numpy as np
 
 import jqlora as jq
 from jqlora.models import LlamaConfig, LlamaForCausalLM
+from jqlora.run.record import record
 from jqlora.train.together import Together, make_joint_step
 
 HERE = Path(__file__).parent
@@ -136,13 +134,8 @@ def main() -> None:
         "axes": found,
         "rounds": arguments.rounds,
         "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "jax": version("jax"),
-        "date": time.strftime("%Y-%m-%d"),
     }
-    with (HERE / "results.jsonl").open("a") as results:
-        results.write(json.dumps(row) + "\n")
+    record(HERE / "results.jsonl", row)
     draw(found)
 
 

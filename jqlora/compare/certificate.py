@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from jqlora import processor
 from jqlora.attach import plan as make_plan
 from jqlora.compare.budgets import BUDGETS
 from jqlora.compare.files import adapter_in, round_trip
@@ -249,4 +250,4 @@ def _facts(question: Question, model: Any, inputs: Inputs, plan: Plan) -> dict[s
 
 def _versions() -> dict[str, str]:
     found = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return versions() | found | {"processor": platform.machine(), "system": platform.system()}
+    return versions() | found | {"processor": processor.name(), "system": platform.system()}

@@ -1,14 +1,13 @@
 """What is kept on the disk between runs, so that the next one starts sooner: codes and programs."""
 
-import hashlib
 import os
-import platform
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import jax
 
+from jqlora import processor
 from jqlora.io import Cache
 
 OFF = "off"
@@ -31,7 +30,7 @@ def keep(setting: str, say: Callable[[str], None]) -> Cache | None:
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         programs = cache.folder.absolute() / PROGRAMS
         prune(programs)
-        folder = programs / _machine()
+        folder = programs / processor.fingerprint()
         jax.config.update("jax_compilation_cache_dir", str(folder))
         # the many small ones take seconds together
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -55,11 +54,3 @@ def prune(folder: Path, most: int = MOST) -> None:
             return
         path.unlink(missing_ok=True)
         left -= stat.st_size
-
-
-def _machine() -> str:
-    """Tells processors apart: what was compiled for one may be illegal on another."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else [platform.processor()]
-    features = {line for line in lines if line.startswith(("flags", "Features", "model name"))}
-    return hashlib.sha256("\n".join(sorted(features or lines)).encode()).hexdigest()[:16]
