@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from jqlora.models.outputs import CausalLMOutput  # noqa: E402
 from tests.models import variants  # noqa: E402
 
 pytestmark = [
@@ -22,25 +24,45 @@ LIMIT = 1e-4  # of the logits' range, in float32
 SWITCH = {"llama_dynamic_rope": 8, "phi3_longrope": 10}
 
 
-BATCH, LENGTH = 3, 14  # one shape for all, so that each way of calling compiles once
+BATCH, LENGTH = 3, 14  # one shape for all, so that each variant compiles once
+CACHED = 2 * LENGTH
+
+
+class Ways(NamedTuple):
+    """What a model returns for the same ids, called in every way."""
+
+    plain: CausalLMOutput
+    masked: CausalLMOutput
+    packed: CausalLMOutput
+    prefilled: CausalLMOutput
+    decoded: CausalLMOutput
 
 
 @functools.cache
-def compiled(model, names, output_hidden_states):
+def compiled(model):
+    """All ways of calling in one program: what they have in common is compiled once."""
+
     @jax.jit
-    def apply(params, ids, *values):
-        options = dict(zip(names, values, strict=True))
-        return model.apply(
-            {"params": params}, ids, output_hidden_states=output_hidden_states, **options
+    def apply(params, ids, mask, segments, cache):
+        call = functools.partial(model.apply, {"params": params})
+        last, real = ids[:, -1:], mask[:, -1:]
+        return Ways(
+            call(ids, output_hidden_states=True),
+            call(ids, attention_mask=mask),
+            call(ids, segment_ids=segments),
+            call(ids, attention_mask=mask, cache=cache),
+            call(last, attention_mask=real, cache=cache),
         )
 
     return apply
 
 
-def run(checkpoint, ids, *, output_hidden_states=False, **options):
-    apply = compiled(checkpoint.model, tuple(options), output_hidden_states)
-    values = [jax.tree.map(jnp.asarray, value) for value in options.values()]
-    return apply(checkpoint.params, jnp.asarray(ids), *values)
+def run(checkpoint, ids, *, mask=None, segments=None, cache=None):
+    """What is not given is all ones, and an empty cache; ``decoded`` is the last token alone."""
+    ones = np.ones(ids.shape, np.int32)
+    mask, segments = (ones if given is None else given for given in (mask, segments))
+    cache = checkpoint.model.init_cache(BATCH, CACHED) if cache is None else cache
+    return compiled(checkpoint.model)(checkpoint.params, ids, mask, segments, cache)
 
 
 def left_padded(real: list[int], length: int) -> np.ndarray:
@@ -52,7 +74,7 @@ def test_logits_and_every_hidden_state_equal_transformers(name):
     checkpoint = variants.checkpoint(name)
     ids = variants.ids(BATCH, LENGTH)
     theirs = variants.hf_run(fresh_rope(checkpoint.hf), ids)
-    ours = run(checkpoint, ids, output_hidden_states=True)
+    ours = run(checkpoint, ids).plain
     assert variants.gap(ours.logits, theirs.logits) < LIMIT
     assert len(theirs.hidden_states) == len(ours.hidden_states)
     for mine, hidden in zip(ours.hidden_states, theirs.hidden_states, strict=True):
@@ -70,7 +92,7 @@ def test_padded_batches_equal_transformers_at_real_tokens(name, side):
     theirs = variants.hf_run(
         fresh_rope(checkpoint.hf), ids, attention_mask=mask, position_ids=positions
     )
-    ours = run(checkpoint, ids, attention_mask=mask)
+    ours = run(checkpoint, ids, mask=mask).masked
     real = mask.astype(bool)
     assert variants.gap(np.asarray(ours.logits)[real], theirs.logits.numpy()[real]) < LIMIT
     assert np.isfinite(ours.logits).all()
@@ -81,7 +103,7 @@ def test_packed_sequences_do_not_see_each_other(name):
     checkpoint = variants.checkpoint(name)
     ids = variants.ids(BATCH, LENGTH)
     segments = np.array([[1] * 6 + [2] * 5 + [3] + [0] * 2, [4] * LENGTH, [0] * 3 + [1] * 11])
-    packed = np.asarray(run(checkpoint, ids, segment_ids=segments.astype(np.int32)).logits)
+    packed = np.asarray(run(checkpoint, ids, segments=segments.astype(np.int32)).packed.logits)
     for row, segment in ((0, 1), (0, 2), (0, 3), (1, 4), (2, 1)):
         inside = segments[row] == segment
         theirs = variants.hf_run(fresh_rope(checkpoint.hf), ids[row : row + 1, inside])
@@ -95,9 +117,9 @@ def test_changing_one_packed_sequence_leaves_its_neighbours_bit_identical(name):
     checkpoint = variants.checkpoint(name)
     ids = variants.ids(BATCH, LENGTH)
     segments = np.tile(np.array([[1] * 6 + [2] * 5 + [3] * 3], np.int32), (BATCH, 1))
-    before = np.asarray(run(checkpoint, ids, segment_ids=segments).logits)
+    before = np.asarray(run(checkpoint, ids, segments=segments).packed.logits)
     ids[segments == 2] = 3
-    after = np.asarray(run(checkpoint, ids, segment_ids=segments).logits)
+    after = np.asarray(run(checkpoint, ids, segments=segments).packed.logits)
     np.testing.assert_array_equal(after[segments != 2], before[segments != 2])
     assert (after[segments == 2] != before[segments == 2]).any()
 
@@ -108,15 +130,16 @@ def test_decoding_with_a_cache_equals_the_whole_sequence(name):
     ids, mask = variants.ids(BATCH, LENGTH), left_padded([LENGTH, 11, 7], LENGTH)
     if name in SWITCH:  # keys in the cache would keep the frequencies of a shorter sequence
         mask = left_padded([SWITCH[name], 7, 5], LENGTH)
-    whole = np.asarray(run(checkpoint, ids, attention_mask=mask).logits)
-    cache = checkpoint.model.init_cache(BATCH, LENGTH + 3)
-    parts = []
-    for start, stop in ((0, 9), *((i, i + 1) for i in range(9, LENGTH))):
-        chunk = mask[:, start:stop]
-        out = run(checkpoint, ids[:, start:stop], attention_mask=chunk, cache=cache)
+    whole = np.asarray(run(checkpoint, ids, mask=mask).masked.logits)
+    # the first nine columns stand behind padding, so that this call has the shape of all others
+    behind = [np.concatenate([np.zeros_like(a[:, 9:]), a[:, :9]], 1) for a in (ids, mask)]
+    out = run(checkpoint, behind[0], mask=behind[1]).prefilled
+    parts = [out.logits[:, LENGTH - 9 :]]
+    for i in range(9, LENGTH):
+        last, real = (np.tile(a[:, i : i + 1], LENGTH) for a in (ids, mask))
+        out = run(checkpoint, last, mask=real, cache=out.cache).decoded
         parts.append(out.logits)
-        cache = out.cache
-    assert int(cache.length) == LENGTH
+    assert int(out.cache.length) == LENGTH + LENGTH - 9
     real = mask.astype(bool)
     assert variants.gap(np.concatenate(parts, 1)[real], whole[real]) < LIMIT
 
@@ -132,9 +155,9 @@ def test_bf16_strays_from_float32_no_further_than_transformers_does(name):
     exact = variants.hf_run(fresh_rope(checkpoint.hf), ids).logits.numpy()
     rounded = copy.deepcopy(checkpoint.hf).bfloat16()
     theirs = variants.hf_run(fresh_rope(rounded), ids).logits.float().numpy()
-    params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), checkpoint.params)
+    params = jax.tree.map(lambda w: np.asarray(w).astype(jnp.bfloat16), checkpoint.params)
     model = checkpoint.model.clone(dtype=jnp.bfloat16)
-    ours = run(checkpoint._replace(model=model, params=params), ids)
+    ours = jax.jit(model.apply)({"params": params}, ids)
     assert ours.logits.dtype == jnp.bfloat16
     error = np.linalg.norm(np.asarray(ours.logits, np.float32) - exact)
     assert error < 1.25 * np.linalg.norm(theirs - exact)
