@@ -31,16 +31,22 @@ LIMIT = 1e-5  # of the range of logits or hidden states, in float32
 
 
 @functools.cache
-def compiled(model):
+def compiled(base):
+    """One program for all the heads of a base: what stands under them is compiled once."""
+    rows = {task: encoders.checkpoint(base, task) for task in encoders.HEADS[base]}
+
     @jax.jit
     def apply(params, inputs):
-        return model.apply({"params": params}, **inputs, output_hidden_states=True)
+        return {
+            task: row.model.apply({"params": params[task]}, **inputs, output_hidden_states=True)
+            for task, row in rows.items()
+        }
 
-    return apply
+    return functools.partial(apply, {task: row.params for task, row in rows.items()})
 
 
-def run(encoder, inputs):
-    return compiled(encoder.model)(encoder.params, jax.tree.map(jnp.asarray, inputs))
+def run(base, task, inputs):
+    return compiled(base)(inputs)[task]
 
 
 def at_real_tokens(array, inputs):
@@ -54,7 +60,7 @@ def at_real_tokens(array, inputs):
 def test_logits_and_every_hidden_state_equal_transformers(base, task, record_property):
     encoder = encoders.checkpoint(base, task)
     inputs = encoders.batch(encoder)
-    theirs, ours = encoders.run_theirs(encoder, inputs), run(encoder, inputs)
+    theirs, ours = encoders.run_theirs(encoder, inputs), run(base, task, inputs)
     assert len(theirs.hidden_states) == len(ours.hidden_states)
     hidden = [
         gap(at_real_tokens(mine, inputs), at_real_tokens(state, inputs))
@@ -76,7 +82,7 @@ def test_what_stands_at_padding_changes_nothing(base, task):
     inputs = encoders.batch(encoder)
     padding = inputs["attention_mask"] == 0
     other = inputs | {"input_ids": np.where(padding, 7, inputs["input_ids"])}
-    before, after = (encoders.logits_of(run(encoder, i)) for i in (inputs, other))
+    before, after = (encoders.logits_of(run(base, task, i)) for i in (inputs, other))
     np.testing.assert_array_equal(at_real_tokens(after, inputs), at_real_tokens(before, inputs))
     assert np.isfinite(after).all()
 
@@ -85,7 +91,7 @@ def test_positions_that_count_tokens_serve_padding_on_the_left():
     encoder = encoders.checkpoint("roberta", encoders.TOKENS)
     inputs = encoders.batch(encoder)
     left = {name: array[:, ::-1].copy() for name, array in inputs.items()}
-    theirs, ours = encoders.run_theirs(encoder, left), run(encoder, left)
+    theirs, ours = encoders.run_theirs(encoder, left), run("roberta", encoders.TOKENS, left)
     assert gap(at_real_tokens(ours.logits, left), at_real_tokens(theirs.logits, left)) < LIMIT
 
 
@@ -105,11 +111,9 @@ def test_bf16_strays_from_float32_no_further_than_transformers_does(base, task):
     exact = at_real_tokens(encoders.run_theirs(encoder, inputs).logits, inputs)
     rounded = encoder._replace(hf=copy.deepcopy(encoder.hf).bfloat16())
     theirs = at_real_tokens(encoders.run_theirs(rounded, inputs).logits.float(), inputs)
-    half = encoder._replace(
-        model=encoder.model.clone(dtype=jnp.bfloat16),
-        params=jax.tree.map(lambda w: w.astype(jnp.bfloat16), encoder.params),
-    )
-    ours = run(half, inputs).logits
+    params = jax.tree.map(lambda w: np.asarray(w).astype(jnp.bfloat16), encoder.params)
+    model = encoder.model.clone(dtype=jnp.bfloat16)
+    ours = jax.jit(model.apply)({"params": params}, **inputs).logits
     assert ours.dtype == jnp.bfloat16
     error = np.linalg.norm(at_real_tokens(ours, inputs) - exact)
     assert error < 1.25 * np.linalg.norm(theirs - exact)
@@ -134,27 +138,30 @@ def test_attention_may_be_xlas_on_a_device_that_would_have_cudnns():
 @pytest.mark.parametrize(("base", "task"), [ONE_OF_EACH[0], ONE_OF_EACH[2], ONE_OF_EACH[3]])
 def test_loops_and_recomputation_change_neither_values_nor_gradients(base, task):
     encoder = encoders.checkpoint(base, task)
-    inputs = jax.tree.map(jnp.asarray, encoders.batch(encoder))
+    inputs, model, params = encoders.batch(encoder), encoder.model, encoder.params
+    ways = (model, model.clone(scan=False, remat="dots"), model.clone(remat="full"))
 
     def value_and_gradient(model, params):
         def loss(params):
             logits = model.apply({"params": params}, **inputs).logits
             return jnp.mean(jnp.square(logits))
 
-        return jax.jit(jax.value_and_grad(loss))(params)
+        return jax.value_and_grad(loss)(params)
 
-    model, params = encoder.model, encoder.params
-    value, gradient = value_and_gradient(model, params)
-    again = value_and_gradient(model.clone(scan=False, remat="dots"), scan_to_loop(params))
-    remat = value_and_gradient(model.clone(remat="full"), params)
-    flat = {path: np.asarray(leaf) for path, leaf in flatten(gradient).items()}
+    @jax.jit
+    def every(*params):  # one program: what the ways have in common is compiled once
+        return [value_and_gradient(*way) for way in zip(ways, params, strict=True)]
+
+    (value, gradient), again, remat = every(params, scan_to_loop(params), params)
+    flat = jax.tree.map(np.asarray, flatten(gradient))
     largest = max(np.abs(leaf).max() for leaf in flat.values())
     for other, leaves in ((again[0], loop_to_scan(again[1])), remat):
         np.testing.assert_allclose(other, value, rtol=1e-5)
+        leaves = flatten(leaves)
         for path, leaf in flat.items():
             # a bias of keys has no gradient but rounding: softmax does not see it
             scale = max(np.abs(leaf).max(), 1e-2 * largest)
-            assert np.abs(flatten(leaves)[path] - leaf).max() <= 1e-5 * scale, path
+            assert np.abs(np.asarray(leaves[path]) - leaf).max() <= 1e-5 * scale, path
 
 
 @pytest.mark.parametrize(("buckets", "longest"), [(256, 512), (32, 512), (4, 40), (0, 6)])
