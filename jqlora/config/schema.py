@@ -48,8 +48,9 @@ class ModelConfig:
     cache: str = "auto"
     """Where 4-bit codes and compiled programs are kept for the next start: a directory, ``auto``
     ($JQLORA_CACHE, or ~/.cache/jqlora), or ``off``."""
-    attention: Literal["auto", "xla", "cudnn"] = "auto"
-    """Which implementation of attention; encoders have one, ``auto``."""
+    attention: Literal["auto", "xla", "cudnn", "blockwise"] = "auto"
+    """Which implementation of attention; ``auto`` is cuDNN's on a GPU and by blocks on a CPU where
+    they can serve, else XLA's, with all scores in memory."""
     task: (
         Literal["causal-lm", "sequence-classification", "question-answering", "seq2seq-lm"] | None
     ) = None

@@ -1,10 +1,11 @@
-"""Grouped-query attention, with or without a cache, in three implementations.
+"""Grouped-query attention, with or without a cache, in four implementations.
 
-Softmax is float32 in each, as in transformers. cuDNN's flash attention serves training and
-scoring; calls with a cache go through XLA, whose masks cost nothing at one query and which takes
-queries at any offset from their keys. Soft-capped scores (Gemma 2) have no kernel: neither cuDNN
-nor ``jax.nn.dot_product_attention`` can cap, so they are written out for XLA, scores and all.
-Scores with a bias (T5) go through XLA too.
+Softmax is float32 in each, as in transformers. Training and scoring go through cuDNN's flash
+attention on a GPU and through blocks on a CPU; calls with a cache go through XLA, whose masks cost
+nothing at one query and which takes queries at any offset from their keys. Soft-capped scores
+(Gemma 2) have no kernel: neither cuDNN nor ``jax.nn.dot_product_attention`` can cap, so where they
+are not taken by blocks they are written out for XLA, scores and all. Scores with a bias (T5) go
+through XLA too.
 """
 
 from typing import Literal, TypeAlias
@@ -13,10 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from jqlora.errors import ConfigError
+from jqlora.models.blockwise import blockwise_attention
 from jqlora.models.masks import Attending, reaches
 from jqlora.platforms import traced_platform
 
-Attention: TypeAlias = Literal["auto", "xla", "cudnn"]
+Attention: TypeAlias = Literal["auto", "xla", "cudnn", "blockwise"]
 LayerCache: TypeAlias = tuple[jax.Array, jax.Array]
 """One layer's keys and values, [B, S, KV, head_dim] each."""
 
@@ -28,21 +30,26 @@ def implementation(
     softcap: float | None = None,
     *,
     biased: bool = False,
-) -> Literal["xla", "cudnn"]:
-    """ "xla" or "cudnn" for a call without cache; "auto" takes cuDNN wherever it can serve.
+) -> Literal["xla", "cudnn", "blockwise"]:
+    """What serves a call without cache; "auto" is cuDNN or blocks wherever they can serve on a GPU
+    and on a CPU.
 
-    Raises ConfigError for cuDNN with a soft cap or a bias, which it would leave out.
+    Raises ConfigError for one that would leave out a soft cap or a bias.
     """
-    if softcap is not None or biased:
-        if attention == "cudnn":
-            what = "add a bias to scores" if biased else f"soft-cap scores (at {softcap})"
-            raise ConfigError(f"attention='cudnn' cannot {what}; accepted: auto, xla")
-        return "xla"
+    if attention in ("cudnn", "blockwise"):
+        if biased:
+            raise ConfigError(f"{attention=} cannot add a bias to scores; accepted: auto, xla")
+        if attention == "cudnn" and softcap is not None:
+            what = f"cannot soft-cap scores (at {softcap})"
+            raise ConfigError(f"{attention=} {what}; accepted: auto, xla, blockwise")
     if attention != "auto":
         return attention
+    platform = traced_platform()
+    if platform == "cpu" and not biased:
+        return "blockwise"
     half = dtype in (jnp.bfloat16, jnp.float16)
-    fits = half and head_dim % 8 == 0 and head_dim <= 128
-    return "cudnn" if fits and traced_platform() == "gpu" else "xla"
+    fits = half and head_dim % 8 == 0 and head_dim <= 128 and softcap is None and not biased
+    return "cudnn" if fits and platform == "gpu" else "xla"
 
 
 def attend(
@@ -80,6 +87,18 @@ def attend(
     inner = jnp.float32 if backend == "xla" and cache is None else dtype
     queries, keys, values = (x.astype(inner) for x in (queries, keys, values))
     mask, window = attending.mask_for(windowed), attending.window
+    if backend == "blockwise":
+        mixed = blockwise_attention(
+            queries,
+            keys,
+            values,
+            mask,
+            scale=scale,
+            causal=attending.causal,
+            window=window,
+            softcap=softcap,
+        )
+        return mixed.reshape(*mixed.shape[:2], -1), fresh
     if backend == "cudnn" and mask is not None:  # it wants a row for every query
         mask = jnp.broadcast_to(mask, (*mask.shape[:2], queries.shape[1], keys.shape[1]))
     with jax.numpy_dtype_promotion("standard"):

@@ -45,37 +45,37 @@ def estimate_step(config: RunConfig, why: str) -> Memory:
     """
     step = abstract_step(config)
     parts = step.parts()
-    cudnn = serves(step)
+    scoreless = has_no_scores(step)
     accumulate = step.config.train.accumulate
     gradients = parts["adapters"]
     if accumulate > 1:  # a micro-batch's own, and the sum in fp32
         gradients += gradients * 4 // jnp.dtype(step.config.method.dtype).itemsize
-    on_device, on_host = kept(step, cudnn=cudnn)
-    temporaries = gradients + on_device + workspace(step, cudnn=cudnn)
+    on_device, on_host = kept(step, scoreless=scoreless)
+    temporaries = gradients + on_device + workspace(step, scoreless=scoreless)
     held = sum(size for name, size in parts.items() if name != "host")
     return Memory(
         **parts,
         temporaries=temporaries,
         peak=held + temporaries,
-        cudnn=cudnn,
+        scoreless=scoreless,
         host_activations=on_host,
         estimated=why,
     )
 
 
-def serves(step: Step) -> bool:
-    """Whether a GPU's attention would be cuDNN's."""
+def has_no_scores(step: Step) -> bool:
+    """Whether a GPU's attention would be cuDNN's or by blocks."""
     attention = step.model.attention
     config: Any = step.model.config
     plain = getattr(config, "attention_softcap", None) is None and step.model.task == "causal-lm"
     half = jnp.dtype(step.model.dtype).itemsize == 2
     fits = half and plain and config.head_dim % 8 == 0 and config.head_dim <= 128
-    return attention == "cudnn" or (attention == "auto" and fits)
+    return attention in ("cudnn", "blockwise") or (attention == "auto" and fits)
 
 
-def kept(step: Step, *, cudnn: bool) -> tuple[int, int]:
+def kept(step: Step, *, scoreless: bool) -> tuple[int, int]:
     """Bytes that the forward pass leaves to the backward pass on the device, and on the host;
-    cuDNN leaves no scores."""
+    of scores none where attention is ``scoreless``."""
     rows = step.config.train.batch_size // step.config.train.accumulate
     batch = {
         name: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype)
@@ -84,7 +84,7 @@ def kept(step: Step, *, cudnn: bool) -> tuple[int, int]:
     model = step.model.clone(attention="xla")
     adapters = jax.eval_shape(step.create).adapters
     found = residuals(bind(model, step.plan), loss_for(model), adapters, step.params, batch)
-    if cudnn:
+    if scoreless:
         length = step.config.data.length
         scores = (step.model.config.num_attention_heads, length, length)
         found = [leaf for leaf in found if leaf.shape[-3:] != scores]
@@ -94,9 +94,9 @@ def kept(step: Step, *, cudnn: bool) -> tuple[int, int]:
     return bytes_by_home[DEVICE], bytes_by_home[HOST]
 
 
-def workspace(step: Step, *, cudnn: bool) -> int:
+def workspace(step: Step, *, scoreless: bool) -> int:
     """Bytes of what takes more while it is worked on: a layer, or a chunk of the logits."""
-    return max(of_layer(step, cudnn=cudnn), of_chunk(step))
+    return max(of_layer(step, scoreless=scoreless), of_chunk(step))
 
 
 def of_chunk(step: Step) -> int:
@@ -111,8 +111,8 @@ def of_chunk(step: Step) -> int:
     return rows * chunk_length(rows, length, vocabulary) * vocabulary * (size + 4)
 
 
-def of_layer(step: Step, *, cudnn: bool) -> int:
-    """Bytes of the largest layer: decoded matrices, activations and, without cuDNN, scores."""
+def of_layer(step: Step, *, scoreless: bool) -> int:
+    """Bytes of the largest layer: decoded matrices, activations and, if there are any, scores."""
     size = jnp.dtype(step.model.dtype).itemsize
     rows = step.config.train.batch_size // step.config.train.accumulate
     length = step.config.data.length
@@ -125,5 +125,5 @@ def of_layer(step: Step, *, cudnn: bool) -> int:
     outputs = max((sum(shape[1] for shape in shapes) for shapes in stacks.values()), default=0)
     activations = COPIES * outputs * rows * length * size
     heads = step.model.config.num_attention_heads
-    scores = 0 if cudnn else SCORES * rows * heads * length**2 * 4
+    scores = 0 if scoreless else SCORES * rows * heads * length**2 * 4
     return MATRICES * largest * size + activations + scores

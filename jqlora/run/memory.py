@@ -83,8 +83,8 @@ class Memory:
     peak: int
     host: int
     """Optimizer state in host memory."""
-    cudnn: bool
-    """Whether attention is cuDNN's; if not, it is XLA's, whose scores take room."""
+    scoreless: bool
+    """Whether attention is cuDNN's or by blocks; if not, it is XLA's, whose scores take room."""
     host_activations: int = 0
     """What the forward pass leaves in host memory to the backward pass: remat "offload"."""
     estimated: str | None = None
@@ -109,7 +109,7 @@ class Memory:
             found.append(f"  {'activations, host':26}{readable_bytes(self.host_activations):>12}")
         if self.estimated is not None:
             return [f"one step ESTIMATED for {target.name}; {self.estimated}:", *found]
-        note = [] if self.cudnn else ["  " + NO_CUDNN]
+        note = [] if self.scoreless else ["  " + NO_CUDNN]
         return [f"one step compiled for {target.name}, jax {jax.__version__}:", *found, *note]
 
     def fits(self, target: Device) -> bool:
@@ -217,7 +217,7 @@ def compile_step(config: RunConfig, target: Device) -> Memory:
         temporaries=analysis.temp_size_in_bytes,
         host_activations=analysis.host_temp_size_in_bytes,
         peak=compiled_bytes(program, host_bytes=parts["host"]),
-        cudnn=cudnn,
+        scoreless=cudnn or model.attention == "blockwise",
     )
 
 

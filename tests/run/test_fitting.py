@@ -36,7 +36,7 @@ def pretended(config, _):
     kept = rows * config.data.length // {"full": 4, "offload": 8}.get(model.remat, 1) / 16
     peak = base + config.method.rank + moments - host + kept
     sizes = [base if model.quantize else 0, 0, base, config.method.rank, moments, 0, kept, peak]
-    return Memory(*(int(size * MIB) for size in sizes), host=int(host * MIB), cudnn=True)
+    return Memory(*(int(size * MIB) for size in sizes), host=int(host * MIB), scoreless=True)
 
 
 def fitted(config, room, monkeypatch, write=None):
