@@ -1,12 +1,18 @@
 """The command in a process of its own, with compiled programs shared between processes.
 
-They run but briefly: optimizing them would cost more than it gained.
+They run but briefly: optimizing them would cost more than it gained. torch is hidden, as where
+jqlora is installed without it: transformers would import it for the tokenizer, which takes seconds.
 """
 
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+MODULE = (
+    "import runpy, sys; sys.modules['torch'] = None; "
+    "runpy.run_module('jqlora.cli', run_name='__main__', alter_sys=True)"
+)
 
 
 def start(*words: object, cache: Path, **more: str) -> subprocess.Popen:
@@ -23,7 +29,7 @@ def start(*words: object, cache: Path, **more: str) -> subprocess.Popen:
         }
     )
     return subprocess.Popen(
-        [sys.executable, "-m", "jqlora.cli", *map(str, words)],
+        [sys.executable, "-c", MODULE, *map(str, words)],
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
