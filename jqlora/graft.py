@@ -104,4 +104,9 @@ def at(tree: Adapters, path: Path) -> Mapping[str, Any]:
 
 def dense(leaf: Any) -> jax.Array:
     """The matrix that a leaf of ``params`` stands for."""
-    return leaf.dequantize() if isinstance(leaf, QTensor) else leaf
+    return _decoded(leaf) if isinstance(leaf, QTensor) else leaf
+
+
+@jax.jit  # one program, where seventeen small ones would each write an array of W's size
+def _decoded(leaf: QTensor) -> jax.Array:
+    return leaf.dequantize()

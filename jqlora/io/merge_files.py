@@ -6,11 +6,13 @@ rounding follows. An adapter that was trained with another head than the source'
 the result is a checkpoint of that head.
 """
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -30,6 +32,7 @@ from jqlora.io.source import Source, resolve
 from jqlora.merging import check_mergeable, delta
 from jqlora.methods import FULL, Placement, Plan
 from jqlora.models import HFName
+from jqlora.quant import QTensor
 from jqlora.quant.params import SKIP
 from jqlora.tree import flatten, unflatten
 from jqlora.types import Path as TreePath
@@ -133,8 +136,13 @@ class _Weights:
             array = np.asarray(leaf if item.index is None else leaf[item.index])
             array = array.T if item.transpose else array
         elif (stored := self._stored.get(item.hf)) is not None:
-            codes = stored.read()
-            array = np.asarray(codes.dequantize_rows() if item.transpose else codes.dequantize())
+            array = np.asarray(_decoded(stored.read(), rows=item.transpose))
         else:
             array = read_float(self._reader, item.hf)
         return array.astype(self._dtype)
+
+
+@functools.partial(jax.jit, static_argnames="rows")  # one program for all tensors of a shape
+def _decoded(codes: QTensor, *, rows: bool) -> jax.Array:
+    """W as the file has it: its rows outputs, or inputs."""
+    return codes.dequantize_rows() if rows else codes.dequantize()
