@@ -2,12 +2,15 @@
 by blocks against XLA's."""
 
 import functools
+import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jqlora.errors import ConfigError
 from jqlora.models.attention import attend, implementation
@@ -200,3 +203,15 @@ def test_a_batch_of_calls_equals_the_calls_one_by_one(draw):
     parts = [jnp.stack(x) for x in zip(*calls, strict=True)]
     single = [jax.jit(run)(*(x[i] for x in parts)) for i in range(2)]
     np.testing.assert_allclose(jax.jit(jax.vmap(run))(*parts), jnp.stack(single), rtol=1e-6)
+
+
+@pytest.mark.parametrize("spec", [P("d"), P(None, None, "d")], ids=["rows", "heads"])
+def test_blocks_of_what_lies_on_two_devices_stay_there(spec, draw):
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    parts = jax.device_put(operands(draw, 20, 20)[:3], NamedSharding(mesh, spec))
+
+    def run(*parts):
+        return blockwise_attention(*parts, None, block=8, scale=0.3, causal=True).sum()
+
+    gradients = jax.jit(jax.grad(run, (0, 1, 2))).lower(*parts).compile()
+    assert not re.findall(r"all-\w+|collective-\w+", gradients.as_text())
