@@ -9,7 +9,7 @@ import pytest
 
 from jqlora.attach import bind
 from jqlora.cli import main
-from jqlora.config import dump_config, read_config
+from jqlora.config import read_config
 from jqlora.models import abstract_params, family_of
 from jqlora.run import estimate, plan_run
 from jqlora.run.estimate import estimate_step
@@ -60,14 +60,16 @@ def file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def steps(file):
-    """The memory of a config's step by its words, each compiled once."""
-    found = {}
+    """The memory of a config's step, each compiled once; 16 and 16.0 are one config."""
+    found = []
 
     def compiled(config, target=TARGETS["h100"]):
-        words = dump_config(on_gpu(config))
-        if words not in found:
-            found[words] = compile_step(config, target)
-        return found[words]
+        config = on_gpu(config)
+        for known, memory in found:
+            if known == config:
+                return memory
+        found.append((config, compile_step(config, target)))
+        return found[-1][1]
 
     return compiled
 
