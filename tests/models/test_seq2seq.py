@@ -25,20 +25,32 @@ pytestmark = [
 ]
 every_row = pytest.mark.parametrize("name", seq2seq.ROWS)
 one_of_each = pytest.mark.parametrize("name", ["t5_gated_untied", "bart"])
+READS = dict(seq2seq.READING)
 LIMIT = 1e-5  # of the range of logits or hidden states, in float32
 
 
 @functools.cache
-def compiled(model):
+def compiled(name):
+    """One program for a row's head that writes and its head that reads: what stands under them is
+    compiled once."""
+    rows = {task: seq2seq.checkpoint(name, task) for task in (seq2seq.WRITING, READS[name])}
+
     @jax.jit
     def apply(params, inputs):
-        return model.apply({"params": params}, **inputs, output_hidden_states=True)
+        return {
+            task: row.model.apply(
+                {"params": params[task]}, **inputs[task], output_hidden_states=True
+            )
+            for task, row in rows.items()
+        }
 
-    return apply
+    writing, reading = rows.values()
+    usual = {seq2seq.WRITING: inputs_of(writing)[0], READS[name]: seq2seq.read_batch(reading)}
+    return lambda inputs: apply({task: row.params for task, row in rows.items()}, usual | inputs)
 
 
-def run(checkpoint, inputs):
-    return compiled(checkpoint.model)(checkpoint.params, jax.tree.map(jnp.asarray, inputs))
+def run(name, inputs, task=seq2seq.WRITING):
+    return compiled(name)({task: inputs})[task]
 
 
 def inputs_of(checkpoint, **options):
@@ -54,7 +66,7 @@ def test_logits_loss_and_every_hidden_state_equal_transformers(name, record_prop
     checkpoint = seq2seq.checkpoint(name)
     inputs, labels = inputs_of(checkpoint)
     theirs = seq2seq.run_theirs(checkpoint.hf, **seq2seq.batch())  # it shifts the labels itself
-    ours = run(checkpoint, inputs)
+    ours = run(name, inputs)
     assert len(theirs.encoder_hidden_states) == len(ours.encoder_hidden_states)
     assert len(theirs.decoder_hidden_states) == len(ours.decoder_hidden_states)
     real = inputs["attention_mask"].astype(bool)
@@ -85,7 +97,7 @@ def test_logits_loss_and_every_hidden_state_equal_transformers(name, record_prop
 def test_heads_that_read_equal_transformers(name, task, record_property):
     checkpoint = seq2seq.checkpoint(name, task)
     inputs = seq2seq.read_batch(checkpoint)
-    theirs, ours = encoders.run_theirs(checkpoint, inputs), run(checkpoint, inputs)
+    theirs, ours = encoders.run_theirs(checkpoint, inputs), run(name, inputs, task)
     real = inputs["attention_mask"].astype(bool)
     compared = 0
     for field in ("hidden_states", "encoder_hidden_states", "decoder_hidden_states"):
@@ -107,7 +119,7 @@ def test_a_text_without_its_end_has_no_class():
     checkpoint = seq2seq.checkpoint("bart", encoders.SEQUENCE)
     inputs = seq2seq.read_batch(checkpoint)
     inputs["input_ids"][1] = np.where(inputs["input_ids"][1] == 2, 5, inputs["input_ids"][1])
-    logits = np.asarray(run(checkpoint, inputs).logits)
+    logits = np.asarray(run("bart", inputs, encoders.SEQUENCE).logits)
     np.testing.assert_array_equal(np.isnan(logits).all(1), [False, True, False])
 
 
@@ -117,7 +129,7 @@ def test_what_stands_at_padding_changes_nothing(name):
     inputs, _ = inputs_of(checkpoint)
     padding = inputs["attention_mask"] == 0
     other = inputs | {"input_ids": np.where(padding, 7, inputs["input_ids"])}
-    before, after = (np.asarray(run(checkpoint, i).logits) for i in (inputs, other))
+    before, after = (np.asarray(run(name, i).logits) for i in (inputs, other))
     np.testing.assert_array_equal(after, before)
     assert np.isfinite(after).all()
 
@@ -126,7 +138,7 @@ def test_what_stands_at_padding_changes_nothing(name):
 def test_decoding_with_a_cache_equals_the_whole_sequence(name, scan):
     checkpoint = seq2seq.checkpoint(name)
     inputs, _ = inputs_of(checkpoint)
-    whole = run(checkpoint, inputs).logits
+    whole = run(name, inputs).logits
     model = checkpoint.model.clone(scan=scan)
     params = checkpoint.params if scan else scan_to_loop(checkpoint.params)
     tokens = inputs["decoder_input_ids"]
@@ -142,7 +154,7 @@ def test_decoding_with_a_cache_equals_the_whole_sequence(name, scan):
     # the encoder has been read once and for all
     params = unflatten(
         {
-            path: leaf * (np.nan if "encoder" in path else 1)
+            path: np.full_like(leaf, np.nan) if "encoder" in path else leaf
             for path, leaf in flatten(params).items()
         }
     )
@@ -169,11 +181,9 @@ def test_bf16_strays_from_float32_no_further_than_transformers_does(name):
     exact = seq2seq.run_theirs(checkpoint.hf, **inputs).logits.numpy()
     rounded = copy.deepcopy(checkpoint.hf).bfloat16()
     theirs = seq2seq.run_theirs(rounded, **inputs).logits.float().numpy()
-    half = checkpoint._replace(
-        model=checkpoint.model.clone(dtype=jnp.bfloat16),
-        params=jax.tree.map(lambda w: w.astype(jnp.bfloat16), checkpoint.params),
-    )
-    ours = run(half, inputs).logits
+    params = jax.tree.map(lambda w: np.asarray(w).astype(jnp.bfloat16), checkpoint.params)
+    model = checkpoint.model.clone(dtype=jnp.bfloat16)
+    ours = jax.jit(model.apply)({"params": params}, **inputs).logits
     assert ours.dtype == jnp.bfloat16
     error = np.linalg.norm(np.asarray(ours, np.float32) - exact)
     assert error < 1.25 * np.linalg.norm(theirs - exact)
@@ -187,15 +197,19 @@ def test_loops_and_recomputation_change_neither_values_nor_gradients():
         def loss(params):
             return jnp.mean(jnp.square(model.apply({"params": params}, **inputs).logits))
 
-        return jax.jit(jax.value_and_grad(loss))(params)
+        return jax.value_and_grad(loss)(params)
 
-    model, params = checkpoint.model, checkpoint.params
-    value, gradient = value_and_gradient(model.clone(remat="full"), params)
-    looped = model.clone(scan=False, remat="dots")
-    other, leaves = value_and_gradient(looped, scan_to_loop(params))
+    model = checkpoint.model
+    ways = (model.clone(remat="full"), model.clone(scan=False, remat="dots"))
+
+    @jax.jit
+    def both(*params):  # one program: what the ways have in common is compiled once
+        return [value_and_gradient(*way) for way in zip(ways, params, strict=True)]
+
+    (value, gradient), (other, leaves) = both(checkpoint.params, scan_to_loop(checkpoint.params))
     np.testing.assert_allclose(other, value, rtol=1e-5)
-    leaves = flatten(loop_to_scan(leaves))
-    for path, leaf in flatten(gradient).items():
+    leaves = flatten(jax.tree.map(np.asarray, loop_to_scan(leaves)))
+    for path, leaf in flatten(jax.tree.map(np.asarray, gradient)).items():
         assert np.abs(leaves[path] - leaf).max() <= 1e-5 * np.abs(leaf).max(), path
 
 
