@@ -56,13 +56,20 @@ def convert(value: Any, how: Converter | None) -> Any:
     return value if how is None else how(value)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
 def fill(stack: Any, item: Any, index: jax.Array) -> Any:
     """``stack`` [L, ...], in the same memory, with its layer ``index`` replaced by ``item``.
 
     Apart from ``convert``, because XLA on a CPU takes seven times as long to transpose a matrix
     into its place as to transpose it and then to copy it.
     """
-    return jax.tree.map(
-        lambda s, t: jax.lax.dynamic_update_index_in_dim(s, t, index, 0), stack, item
-    )
+    leaves, structure = jax.tree.flatten(stack)
+    return structure.unflatten(_fill(leaves, structure.flatten_up_to(item), index))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _fill(leaves: list[Any], items: list[Any], index: jax.Array) -> list[Any]:
+    """Of arrays alone: codes of one shape share a program, whatever they stand for."""
+    return [
+        jax.lax.dynamic_update_index_in_dim(leaf, item, index, 0)
+        for leaf, item in zip(leaves, items, strict=True)
+    ]
