@@ -11,6 +11,8 @@ from jqlora.errors import ConfigError
 from jqlora.generation import Sampling, generate, stream
 from jqlora.generation.sampling import process
 from jqlora.models import family_of
+from jqlora.tree import flatten, unflatten
+from tests.draws import draws
 from tests.models.variants import ROWS, TINY, checkpoint, hf_run
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -23,9 +25,15 @@ def toy(name="mistral_window"):
     """A tiny random model of its own, bound, with weights that make its choices distinct."""
     row = TINY | ROWS[name]
     model = family_of(row).build(family_of(row).parse(row))
-    ids = jnp.zeros((1, 2), jnp.int32)
-    params = jax.jit(lambda key: model.init(key, ids)["params"])(jax.random.key(1))
-    params = jax.tree.map(lambda w: w * 12 if w.ndim > 1 and w.std() > 0 else w, params)
+    ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    shapes = flatten(jax.eval_shape(model.init, jax.random.key(0), ids)["params"])
+    draw = draws(1)
+    params = unflatten(
+        {
+            path: np.ones(leaf.shape, np.float32) if path[-1] == "scale" else draw(leaf.shape, 0.25)
+            for path, leaf in shapes.items()
+        }
+    )
     return model, bound(model), {"params": params}
 
 
@@ -161,47 +169,32 @@ def test_scores_equal_those_of_the_processors_of_transformers(sampling):
     np.testing.assert_allclose(ours[1:], scores.numpy()[1:], rtol=1e-6)
 
 
-def test_sampled_tokens_follow_the_softmax_of_the_scores():
+@functools.cache
+def sampled(key, rows=1000):
+    """Four tokens int32 [rows, 4] after one prompt, each of the six likeliest."""
     model, apply, variables = toy()
-    ids, mask = prompts(5)
-    rows = 1000
     sampling = {"temperature": 1.5, "top_k": 6}
-    tokens = generate(
-        apply,
-        variables,
-        np.repeat(ids, rows, 0),
-        np.repeat(mask, rows, 0),
-        model=model,
-        max_new_tokens=1,
-        key=jax.random.key(3),
-        **sampling,
-    )
-    logits = model.apply(variables, jnp.asarray(ids)).logits[:, -1]
-    scores = process(logits, jnp.zeros(logits.shape, bool), Sampling(**sampling))
+    ids, mask = (np.repeat(array, rows, 0) for array in prompts(5))
+    options = {"model": model, "max_new_tokens": 4, "key": jax.random.key(key)}
+    return np.asarray(generate(apply, variables, ids, mask, **options, **sampling))
+
+
+def test_sampled_tokens_follow_the_softmax_of_the_scores():
+    model, _, variables = toy()
+    tokens = sampled(3)
+    logits = jax.jit(model.apply)(variables, prompts(5)[0]).logits[:, -1]
+    scores = process(logits, jnp.zeros(logits.shape, bool), Sampling(temperature=1.5, top_k=6))
     expected = np.asarray(jax.nn.softmax(scores))[0]
-    found = np.bincount(np.asarray(tokens)[:, 0], minlength=expected.size) / rows
+    rows = len(tokens)
+    found = np.bincount(tokens[:, 0], minlength=expected.size) / rows
     assert not found[expected == 0].any()
     # five standard deviations of a frequency
     assert (np.abs(found - expected) <= 5 * np.sqrt(expected * (1 - expected) / rows)).all()
 
 
 def test_sampling_is_decided_by_its_key():
-    model, apply, variables = toy()
-    ids, mask = prompts(5, 3)
-    draw = lambda key: np.asarray(  # noqa: E731
-        generate(
-            apply,
-            variables,
-            ids,
-            mask,
-            model=model,
-            max_new_tokens=12,
-            temperature=2.0,
-            key=jax.random.key(key),
-        )
-    )
-    np.testing.assert_array_equal(draw(0), draw(0))
-    assert (draw(0) != draw(1)).any()
+    np.testing.assert_array_equal(sampled(0), sampled.__wrapped__(0))
+    assert (sampled(0) != sampled(1)).any()
 
 
 def test_rows_do_not_depend_on_their_neighbours_or_the_bucket():
