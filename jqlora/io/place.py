@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 
 from jqlora.io.readers import TensorReader
 from jqlora.io.readers.raw import aligned_empty
@@ -56,7 +57,7 @@ def convert(value: Any, how: Converter | None) -> Any:
     return value if how is None else how(value)
 
 
-def fill(stack: Any, item: Any, index: jax.Array) -> Any:
+def fill(stack: Any, item: Any, index: ArrayLike) -> Any:
     """``stack`` [L, ...], in the same memory, with its layer ``index`` replaced by ``item``.
 
     Apart from ``convert``, because XLA on a CPU takes seven times as long to transpose a matrix
@@ -67,7 +68,7 @@ def fill(stack: Any, item: Any, index: jax.Array) -> Any:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _fill(leaves: list[Any], items: list[Any], index: jax.Array) -> list[Any]:
+def _fill(leaves: list[Any], items: list[Any], index: ArrayLike) -> list[Any]:
     """Of arrays alone: codes of one shape share a program, whatever they stand for."""
     return [
         jax.lax.dynamic_update_index_in_dim(leaf, item, index, 0)
