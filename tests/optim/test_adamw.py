@@ -16,18 +16,18 @@ def loose_promotion():
         yield
 
 
-def tree(getkey):
+def tree(draw):
     return {
-        "lora": {"layers": {"q_proj": {"a": jax.random.normal(getkey(), (2, 4, 3))}}},
+        "lora": {"layers": {"q_proj": {"a": draw((2, 4, 3))}}},
         "full": {
             "layers": {"norm": {"scale": jnp.ones((2, 4))}, "q_proj": {"bias": jnp.ones((2, 4))}},
-            "lm_head": {"kernel": jax.random.normal(getkey(), (4, 5))},
+            "lm_head": {"kernel": draw((4, 5))},
         },
     }
 
 
-def test_decay_spares_biases_and_norms_even_when_they_are_stacked(getkey):
-    assert optim.decayed(tree(getkey)) == {
+def test_decay_spares_biases_and_norms_even_when_they_are_stacked(draw):
+    assert optim.decayed(tree(draw)) == {
         "lora": {"layers": {"q_proj": {"a": True}}},
         "full": {
             "layers": {"norm": {"scale": False}, "q_proj": {"bias": False}},
@@ -36,8 +36,8 @@ def test_decay_spares_biases_and_norms_even_when_they_are_stacked(getkey):
     }
 
 
-def test_without_gradient_only_decayed_leaves_move(getkey):
-    params = tree(getkey)
+def test_without_gradient_only_decayed_leaves_move(draw):
+    params = tree(draw)
     tx = optim.adamw(0.1, weight_decay=0.5)
     zero = jax.tree.map(jnp.zeros_like, params)
     updates, _ = tx.update(zero, tx.init(params), params)
@@ -46,8 +46,8 @@ def test_without_gradient_only_decayed_leaves_move(getkey):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), after, expected)
 
 
-def test_clipping_bounds_the_norm_that_adam_sees(getkey):
-    params = tree(getkey)
+def test_clipping_bounds_the_norm_that_adam_sees(draw):
+    params = tree(draw)
     large = jax.tree.map(lambda p: 100.0 * jnp.ones_like(p), params)
     clipped = optim.adamw(1.0, max_grad_norm=1.0)
     small = jax.tree.map(lambda g: g / optax.tree.norm(large), large)

@@ -20,8 +20,8 @@ def loose_promotion():
         yield
 
 
-def test_an_element_takes_one_byte_and_a_block_one_float(getkey):
-    params = {"a": jax.random.normal(getkey(), SHAPE)}
+def test_an_element_takes_one_byte_and_a_block_one_float(draw):
+    params = {"a": draw(SHAPE)}
     plain, stored = optim.adamw(1e-3), optim.adamw(1e-3, bits=8)
     sizes = [sum(x.nbytes for x in jax.tree.leaves(tx.init(params))) for tx in (plain, stored)]
     count = params["a"].size
@@ -44,8 +44,8 @@ def test_each_moment_takes_its_own_map():
 
 @pytest.mark.parametrize("size", [4096, 4097, 5000])
 @pytest.mark.parametrize("signed", [True, False])
-def test_decoding_is_within_half_a_gap_of_what_was_encoded(size, signed, getkey):
-    moment = jax.random.normal(getkey(), (size,))
+def test_decoding_is_within_half_a_gap_of_what_was_encoded(size, signed, draw):
+    moment = draw((size,))
     moment = moment if signed else moment**2
     encode, decoded = jax.jit(EightBit.encode, static_argnames="signed"), jax.jit(EightBit.decode)
     stored = encode(moment, signed=signed)
@@ -62,9 +62,9 @@ def test_zeros_stay_zeros_and_nothing_is_nan():
     assert not stored.decode().any()
 
 
-def test_the_first_update_is_made_before_anything_is_rounded(getkey):
-    params = {"a": jax.random.normal(getkey(), SHAPE)}
-    gradient = {"a": jax.random.normal(getkey(), SHAPE)}
+def test_the_first_update_is_made_before_anything_is_rounded(draw):
+    params = {"a": draw(SHAPE)}
+    gradient = {"a": draw(SHAPE)}
     found = [
         tx.update(gradient, tx.init(params), params)[0]["a"]
         for tx in (optim.adamw(1e-3, bits=8), optim.adamw(1e-3))
