@@ -2,6 +2,7 @@
 
 Rates of dropout are kept to be written again, but nothing here drops: while adapters are trained
 the frozen base computes what it computes when it is used, and adapters have a dropout of their own.
+So is ``reorder_and_upcast_attn``: scores and softmax are float32 here in any case.
 """
 
 from collections.abc import Mapping
@@ -38,7 +39,7 @@ class GPT2Config:
     """Everything that determines the network; hashable, so it may be static under ``jit``.
 
     ``scale_by_layer`` divides the scores of layer i, counted from 1, by i. ``dropout`` holds the
-    rates of ``RATES``.
+    rates of ``RATES``, ``upcast_attention`` is for transformers alone.
     """
 
     vocab_size: int
@@ -53,6 +54,7 @@ class GPT2Config:
     initializer_range: float = 0.02
     scale_scores: bool = True
     scale_by_layer: bool = False
+    upcast_attention: bool = False
     tie_word_embeddings: bool = True
     dropout: tuple[float, float, float] = (0.1, 0.1, 0.1)
     bos_token_id: int | None = None
@@ -89,7 +91,6 @@ class GPT2Config:
                 f"config.json: n_embd={hidden} is not a multiple of n_head={heads}"
             )
         read.require("add_cross_attention", False)
-        # reorder_and_upcast_attn is read past: scores and softmax are float32 here in any case
         return cls(
             vocab_size=read.positive("vocab_size"),
             hidden_size=hidden,
@@ -102,6 +103,7 @@ class GPT2Config:
             initializer_range=read.number("initializer_range", 0.02),
             scale_scores=read.flag("scale_attn_weights"),
             scale_by_layer=read.flag("scale_attn_by_inverse_layer_idx"),
+            upcast_attention=read.flag("reorder_and_upcast_attn"),
             tie_word_embeddings=read.flag("tie_word_embeddings"),
             dropout=tuple(read.number(rate, 0.1) for rate in RATES),  # pyright: ignore[reportArgumentType]
             bos_token_id=read.token("bos_token_id"),
@@ -126,6 +128,7 @@ class GPT2Config:
             "initializer_range": self.initializer_range,
             "scale_attn_weights": self.scale_scores,
             "scale_attn_by_inverse_layer_idx": self.scale_by_layer,
+            "reorder_and_upcast_attn": self.upcast_attention,
             "tie_word_embeddings": self.tie_word_embeddings,
             **dict(zip(RATES, self.dropout, strict=True)),
             "bos_token_id": self.bos_token_id,

@@ -238,16 +238,15 @@ def logits_of(output: Any) -> Any:
     return output.logits if hasattr(output, "logits") else output.start_logits
 
 
-def decode(leaves: dict[Any, QTensor]) -> dict[Any, Any]:
+@jax.jit
+def decode(leaves: dict[Any, QTensor]) -> dict[Any, jax.Array]:
     return {path: leaf.dequantize() for path, leaf in leaves.items()}
 
 
 def test_training_on_codes_equals_training_on_what_they_decode_to(case):
     ours, codes = case.ours, flatten(case.codes)
     quantized = {path: leaf for path, leaf in codes.items() if isinstance(leaf, QTensor)}
-    decoded = jax.jit(lambda leaves: {path: leaves[path].dequantize() for path in leaves})(
-        quantized
-    )
-    on_dense = ours.train(unflatten(codes | decoded), case.adapters, case.row.batches, steps=10)
+    decoded = unflatten(codes | decode(quantized))
+    on_dense = ours.train(decoded, case.adapters, case.row.batches, steps=10)
     np.testing.assert_allclose(ours.losses_on_codes, on_dense.losses, rtol=1e-6)
     assert worst(ours.after_on_codes(), on_dense.after) < 1e-5
