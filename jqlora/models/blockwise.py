@@ -132,8 +132,8 @@ def _backward(rule: _Rule, kept: Any, cotangents: jax.Array) -> tuple[Any, ...]:
             weights = jnp.exp(scores - highest[i][..., None]) / total[i][..., None]
             of_weights = _contract(cotangents[i], value, 3, 3)
             # where a block has all keys, its own rounding cancels in the difference
-            sums_here = sums[i] if len(keys) > 1 else (weights * of_weights).sum(axis=-1)
-            of_scores = weights * (of_weights - sums_here[..., None]) * slope
+            of_row = sums[i] if len(keys) > 1 else (weights * of_weights).sum(axis=-1)
+            of_scores = weights * (of_weights - of_row[..., None]) * slope
             of_key += _contract(of_scores, queries[i], 2, 2)
             of_value += _contract(weights, cotangents[i], 2, 2)
             return of_queries.at[i].add(_contract(of_scores, key, 3, 2)), of_key, of_value
@@ -144,8 +144,8 @@ def _backward(rule: _Rule, kept: Any, cotangents: jax.Array) -> tuple[Any, ...]:
         return (j + 1, of_queries), tuple(own)
 
     start = jnp.int32(0), jnp.zeros(queries.shape, jnp.float32)
-    (_, of_queries), (of_keys_, of_values) = lax.scan(of_keys, start, (keys, values))
-    gradients = zip((of_queries, of_keys_, of_values), (queries, keys, values), strict=True)
+    (_, of_queries), own = lax.scan(of_keys, start, (keys, values))
+    gradients = zip((of_queries, *own), (queries, keys, values), strict=True)
     return *(gradient.astype(x.dtype) for gradient, x in gradients), None
 
 
